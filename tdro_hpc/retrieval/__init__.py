@@ -1,0 +1,1 @@
+"""Texts and vectors in, ranked documents out."""
