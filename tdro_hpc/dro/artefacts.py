@@ -1,7 +1,7 @@
 """Weights in, JSON files in the released tDRO structure out: what s2 and the released tools read.
 
-Four maps by task name: `domain_ids`, `domain_weights`, `size` (rows) and `epoch` (passes over the task if as many rows were
-drawn as all tasks hold together; for reading only).
+Four maps by task name: `domain_ids`, `domain_weights`, `size` (rows) and `epoch` (passes over the task if as many rows
+were drawn as all tasks hold together; for reading only).
 """
 
 import json

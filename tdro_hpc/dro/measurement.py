@@ -1,8 +1,8 @@
 """Per-row losses in, one number a task out: how much each task asks for. Knows nothing of weights, ranks or models.
 
 Four measurements. `ratio_of_means`, `excess` and `loss` are made of sums and counts over a whole optimiser step, so the
-split into ranks and micro-steps cannot change them. `mean_of_ratios` follows the released code and cannot be written that
-way: its denominator is normalised by the batch of one micro-step.
+split into ranks and micro-steps cannot change them. `mean_of_ratios` follows the released code and cannot be written
+that way: its denominator is normalised by the batch of one micro-step.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from torch import Tensor
 # Normalised reference losses under this are replaced by 1 in the released code: such rows count as almost nothing.
 DEAD_ZONE = 1e-4
 
-# Smallest mean reference loss, in nats, that ratio_of_means divides by: a task whose reference loss is 0 to the last digit
-# (usual at temperature 0.002) would otherwise own the whole gradient.
+# Smallest mean reference loss, in nats, that ratio_of_means divides by: a task whose reference loss is 0 to the last
+# digit (usual at temperature 0.002) would otherwise own the whole gradient.
 REFERENCE_FLOOR = 1e-2
 
 
@@ -24,8 +24,8 @@ def mean_of_ratios(losses: Tensor, reference_losses: Tensor, task_ids: Tensor, n
     losses, reference_losses [rows] float, nats, >= 0      task_ids [rows] int64, 0 <= id < num_tasks
     returns [num_tasks] float32; 0 for a task without rows
 
-    The reference losses are divided by their sum over the micro-step; where the quotient is under DEAD_ZONE, 1 stands in
-    its place. Source: the released tDRO code, which differs from the paper's formula (ratio_of_means).
+    The reference losses are divided by their sum over the micro-step; where the quotient is under DEAD_ZONE, 1 stands
+    in its place. Source: the released tDRO code, which differs from the paper's formula (ratio_of_means).
     """
     losses, reference_losses = losses.float(), reference_losses.float()
     normalised = reference_losses / reference_losses.abs().sum()
@@ -60,7 +60,7 @@ def ratio_of_means(sums: Tensor) -> Tensor:
 
 
 def excess(sums: Tensor) -> Tensor:
-    """Mean of max(0, loss - reference loss) a task, in nats: the measurement of DoReMi. sums [4, tasks] of `task_sums`."""
+    """Mean of max(0, loss - reference loss) a task, in nats, as in DoReMi. sums [4, tasks] of `task_sums`."""
     return sums[2] / sums[3].clamp_min(1.0)
 
 

@@ -1,8 +1,8 @@
 """Losses of the frozen reference: from the model beside the proxy, or computed once and read from files.
 
-A reference loss depends only on the row, its chosen passages and its instruction (`Batch.draw_ids`), because the reference
-is in evaluation mode and never changes. Under policies other than `group` it also depends on the other rows of its batch,
-so caching is offered for `group` only.
+A reference loss depends only on the row, its chosen passages and its instruction (`Batch.draw_ids`), because the
+reference is in evaluation mode and never changes. Under policies other than `group` it also depends on the other rows
+of its batch, so caching is offered for `group` only.
 """
 
 from collections.abc import Callable, Iterator

@@ -98,8 +98,8 @@ class TaskWeights:
     def update(self) -> None:
         """Move the weights by one step of gradient ascent on log alpha; needs at least one `accumulate` before it.
 
-        A task without rows keeps its last measured value (mean_of_ratios: counts as 0, as in the released code); one that
-        was never measured takes the mean of the others, so that it moves neither way.
+        A task without rows keeps its last measured value (mean_of_ratios: counts as 0, as in the released code); one
+        that was never measured takes the mean of the others, so that it moves neither way.
         """
         if self._micro_steps == 0:
             raise ValueError("update() without accumulate(): give it the losses of at least one micro-step first.")

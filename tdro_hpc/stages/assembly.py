@@ -1,4 +1,4 @@
-"""What s0, s1 and s2 are put together from: data, encoder, engine, metrics. Each stage file then reads like a recipe."""
+"""What s0, s1 and s2 are put together from: data, encoder, engine, metrics. A stage file then reads like a recipe."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -85,9 +85,11 @@ def _compute(training: Training, folder: Path) -> None:
         data_rank=training.process.data_rank,
         steps_per_file=training.training.log_every_steps,
         should_stop=lambda: stop.requested,
-        progress=lambda number: training.metrics.say(f"{stage} reference losses {number}/{steps} steps")
-        if training.metrics.first_rank
-        else None,
+        progress=lambda number: (
+            training.metrics.say(f"{stage} reference losses {number}/{steps} steps")
+            if training.metrics.first_rank
+            else None
+        ),
     )
     if any_rank(not done):
         raise Stopped(stage, 0, steps, stop.reason or "another rank was asked to stop")
@@ -147,7 +149,9 @@ def _summary(training: Training, weights: TaskWeights) -> str:
     for name in sorted(current, key=lambda task: -current[task]):
         proxy, reference = (last[key].get(name) for key in ("task_loss", "task_reference_loss"))
         words = [f"{value:.4f}" if value is not None else "-" for value in (proxy, reference)]
-        lines.append(f"{name:{width}}  {current[name]:.3f}  {current[name] / uniform:9.2f}  {words[0]:>10}  {words[1]:>14}")
+        lines.append(
+            f"{name:{width}}  {current[name]:.3f}  {current[name] / uniform:9.2f}  {words[0]:>10}  {words[1]:>14}"
+        )
     more = [name for name in current if current[name] > 1.1 * uniform]
     less = [name for name in current if current[name] < 0.9 * uniform]
     lines.append(

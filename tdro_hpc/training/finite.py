@@ -1,4 +1,4 @@
-"""Watches losses and gradient norms for NaN and infinity, and names the task, the rows and the step where they began."""
+"""Watches losses and gradient norms for NaN and infinity; names the task, the rows and the step where they began."""
 
 from collections.abc import Callable
 

@@ -17,7 +17,7 @@ from tdro_hpc.parallel.process import Process, wait_for_all
 from tdro_hpc.training.checkpoint import Part, load_checkpoint, save_checkpoint
 from tdro_hpc.training.finite import FiniteWatch
 from tdro_hpc.training.metrics import Metrics, StepValues
-from tdro_hpc.training.stop import Stopped, StopFlag
+from tdro_hpc.training.stop import StopFlag, Stopped
 
 
 class Step(Protocol):

@@ -1,7 +1,7 @@
 """Tensors of each step in, rows of metrics.jsonl, trajectory.jsonl and a step line out: one host copy an interval.
 
-This is the only file that moves numbers to the host for looking at. Rows are the same for an interrupted and an unbroken
-run except under "clock".
+This is the only file that moves numbers to the host for looking at. Rows are the same for an interrupted and an
+unbroken run except under "clock".
 """
 
 import json
@@ -86,7 +86,8 @@ class Metrics:
         """Forget rows after `step`, which will be written again, and begin the clock."""
         if self.first_rank:
             keep_rows_until(self.path, step)
-            keep_rows_until(self.trajectory_path, step)
+            # The steps of the open interval are in the state and are written at its end.
+            keep_rows_until(self.trajectory_path, step - len(self._grad_norms))
         self._interval_began = time.monotonic()
 
     def add(self, values: StepValues) -> None:

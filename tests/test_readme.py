@@ -1,0 +1,52 @@
+"""README and docs: the tree equals the disk, and every command in them parses."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tdro_hpc.submit import parse_call
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"```(?:bash|sh|console)?\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def submit_lines() -> list[str]:
+    lines = [line.split("#")[0].strip() for page in PAGES for block in blocks_of(page) for line in block.splitlines()]
+    return sorted({line.removeprefix("$ ") for line in lines if "python -m tdro_hpc.submit" in line})
+
+
+def test_tree_of_readme_equals_the_disk():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"<!-- tree -->\n```\n(.*?)```", text, flags=re.DOTALL)
+    assert tree, "README.md has no tree between <!-- tree --> and the next fence"
+    named: set[str] = set()
+    folder = ""
+    for line in tree.group(1).splitlines():
+        entry = line.split("  ")[0] if not line.startswith(" ") else line.strip().split("  ")[0]
+        if line.startswith("  "):
+            named.add(folder + entry.rstrip("/"))
+        else:
+            folder = entry
+            named.add(entry.rstrip("/"))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tops = {path.split("/")[0] for path in tracked if not path.startswith(".")}
+    rooms = {"/".join(path.split("/")[:2]) for path in tracked if path.startswith("tdro_hpc/")}
+    rooms -= {"tdro_hpc/__init__.py"}
+    assert named == tops | rooms
+
+
+@pytest.mark.parametrize("line", submit_lines())
+def test_command_parses(line: str):
+    words = shlex.split(line)
+    parse_call(words[words.index("tdro_hpc.submit") + 1 :])
+
+
+def test_readme_has_commands():
+    assert len(submit_lines()) >= 3

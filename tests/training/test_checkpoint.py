@@ -1,0 +1,69 @@
+import json
+
+import pytest
+import torch
+
+from tdro_hpc.training.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
+
+
+class Counter:
+    """Part with one tensor and one plain value."""
+
+    def __init__(self, count: int) -> None:
+        self.tensor, self.count = torch.full((3,), float(count)), count
+
+    def state_dict(self):
+        return {"tensors": {"weight": self.tensor, "deep/name": self.tensor * 2}, "values": {"count": self.count}}
+
+    def load_state_dict(self, state):
+        self.tensor, self.count = state["tensors"]["weight"], state["values"]["count"]
+        assert torch.equal(state["tensors"]["deep/name"], self.tensor * 2)
+
+
+def test_newest_checkpoint_comes_back_and_older_ones_go(tmp_path):
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step, {"a": Counter(step), "b": Counter(-step)}, keep=2)
+    assert checkpoint_steps(tmp_path) == [2, 10]
+    parts = {"a": Counter(0), "b": Counter(0)}
+    assert load_checkpoint(tmp_path, parts) == 10
+    assert (parts["a"].count, parts["b"].count) == (10, -10)
+    assert parts["b"].tensor.tolist() == [-10.0] * 3
+
+
+def test_unfinished_checkpoint_does_not_count_and_is_swept_away(tmp_path):
+    save_checkpoint(tmp_path, 1, {"a": Counter(1)}, keep=2)
+    leftover = tmp_path / ".step-00000002.4711"
+    leftover.mkdir()
+    (leftover / "state.safetensors").write_bytes(b"half")
+    assert load_checkpoint(tmp_path, {"a": Counter(0)}) == 1
+    save_checkpoint(tmp_path, 3, {"a": Counter(3)}, keep=2)
+    assert not leftover.exists()
+
+
+def test_save_that_fails_leaves_the_last_good_one(tmp_path):
+    class Broken(Counter):
+        def state_dict(self):
+            return {"tensors": {}, "values": {"count": object()}}
+
+    save_checkpoint(tmp_path, 1, {"a": Counter(1)}, keep=1)
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path, 2, {"a": Broken(2)}, keep=1)
+    assert checkpoint_steps(tmp_path) == [1]
+    assert load_checkpoint(tmp_path, {"a": Counter(0)}) == 1
+
+
+def test_no_checkpoint_is_step_zero(tmp_path):
+    assert load_checkpoint(tmp_path / "none", {"a": Counter(0)}) == 0
+
+
+def test_other_parts_are_refused_in_words(tmp_path):
+    save_checkpoint(tmp_path, 1, {"a": Counter(1)}, keep=1)
+    with pytest.raises(ValueError, match="holds the state of a; this run needs b"):
+        load_checkpoint(tmp_path, {"b": Counter(0)})
+
+
+def test_files_are_safetensors_and_json_only(tmp_path):
+    save_checkpoint(tmp_path, 7, {"a": Counter(7)}, keep=1)
+    folder = tmp_path / "step-00000007"
+    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.safetensors"]
+    assert json.loads((folder / "state.json").read_text()) == {"step": 7, "values": {"a": {"count": 7}}}
