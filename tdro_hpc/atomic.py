@@ -9,15 +9,27 @@ from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Put `text` at `path`; a reader sees the old content or the new, also after a crash or a power cut."""
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Name of a file to write; it takes the place of `path` when the block ends well and vanishes when it raises.
+
+    A reader sees the old content or the new, also after a crash or a power cut.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        yield temporary
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(temporary)
     os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put `text` at `path`, atomically."""
+    with replaced_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -39,9 +51,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
     for file in temporary.rglob("*"):
         if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            _flush(file)
     # Two renames: a folder cannot replace a filled one. Between them the old one has a name that the next call removes.
     former = path.with_name(f".{path.name}.former")
     shutil.rmtree(former, ignore_errors=True)
@@ -49,3 +59,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(path, former)
     os.replace(temporary, path)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

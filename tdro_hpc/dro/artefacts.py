@@ -4,9 +4,9 @@ Four maps by task name: `domain_ids`, `domain_weights`, `size` (rows) and `epoch
 were drawn as all tasks hold together; for reading only).
 """
 
-import json
-import os
 from pathlib import Path
+
+from tdro_hpc.atomic import write_json
 
 Document = dict[str, dict[str, float]]
 
@@ -68,8 +68,5 @@ def documents_of(
 
 def write_documents(documents: dict[str, Document], folder: Path) -> None:
     """Write each document to `folder`, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, document in documents.items():
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_text(json.dumps(document, indent=2) + "\n")
-        os.replace(temporary, folder / name)
+        write_json(folder / name, document)

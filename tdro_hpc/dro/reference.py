@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdro_hpc.atomic import replaced_file
 from tdro_hpc.data.batches import Batch
 
 
@@ -125,7 +126,5 @@ def _write(folder: Path, data_rank: int, number: int, ids: list[np.ndarray], val
         return
     # Named by the rows it holds, so that a pass with another number of ranks adds files and overwrites none.
     name = f"losses-{int(ids[0][0]):016x}-{data_rank}-{number}.npz"
-    temporary = folder / f".{name}"
-    with open(temporary, "wb") as file:
+    with replaced_file(folder / name) as temporary, open(temporary, "wb") as file:
         np.savez(file, draw_ids=np.concatenate(ids), losses=np.concatenate(values))
-    temporary.rename(folder / name)

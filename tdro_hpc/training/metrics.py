@@ -5,7 +5,6 @@ unbroken run except under "clock".
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdro_hpc.atomic import write_text
 from tdro_hpc.parallel.process import sum_over_ranks
 from tdro_hpc.training.checkpoint import State
 
@@ -42,9 +42,7 @@ def keep_rows_until(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

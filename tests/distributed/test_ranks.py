@@ -1,0 +1,66 @@
+"""1 = 2 ranks for the whole of s0, s1 and s2: losses, weights of the model, alpha; cached = online reference."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.launching import run_ranks
+from tests.distributed.training_run import write_tasks
+
+SCRIPT = "training_run.py"
+NO_DROPOUT = ["model.lora.dropout=0"]  # ranks draw dropout for their own rows
+CHAIN = ["s0:run", "s1:run", "s2-curr:run"]
+
+
+def rows_of(path: Path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def model_of(stage: Path):
+    return load_file(next((stage / "out" / "model").glob("*.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folders = {}
+    for world in (1, 2):
+        folders[world] = tmp_path_factory.mktemp(f"ranks{world}")
+        write_tasks(folders[world] / "data")
+        run_ranks(SCRIPT, folders[world], world, [*CHAIN, *NO_DROPOUT])
+    return folders
+
+
+@pytest.mark.parametrize("stage", ["s0", "s1", "s2-curr"])
+def test_loss_and_model_are_those_of_one_rank(runs, stage):
+    one, two = (runs[world] / "run" / stage for world in (1, 2))
+    losses = [[row["loss"] for row in rows_of(folder / "metrics.jsonl")] for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # float32 sums in another order, 7 steps of Adam
+    models = [model_of(folder) for folder in (one, two)]
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(tensor, models[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_alpha_is_that_of_one_rank(runs):
+    alphas = [rows_of(runs[world] / "run" / "s1" / "trajectory.jsonl") for world in (1, 2)]
+    assert len(alphas[0]) == 7
+    for one, two in zip(*alphas, strict=True):
+        assert one["alpha"] == pytest.approx(two["alpha"], rel=1e-4)
+
+
+def test_alpha_has_moved(runs):
+    last = rows_of(runs[1] / "run" / "s1" / "trajectory.jsonl")[-1]["alpha"]
+    assert max(last.values()) - min(last.values()) > 0.01
+
+
+def test_cached_reference_gives_the_same_alpha(runs):
+    folder = runs[2]
+    (folder / "cached").mkdir()
+    (folder / "cached" / "s0").symlink_to(folder / "run" / "s0")
+    run_ranks(SCRIPT, folder, 2, ["s1:cached", "s1.reference_losses=cached", *NO_DROPOUT])
+    online, cached = (rows_of(folder / run / "s1" / "trajectory.jsonl") for run in ("run", "cached"))
+    for one, other in zip(online, cached, strict=True):
+        assert one["alpha"] == pytest.approx(other["alpha"], rel=1e-6)
+    assert len(list((folder / "cached" / "reference_losses").glob("*/covered-*.json"))) == 1

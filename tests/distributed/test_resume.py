@@ -1,0 +1,65 @@
+"""Stopped and continued = never stopped, in bits: weights, alpha, metrics; by signal and by kill -9; 1 and 2 ranks."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import run_ranks, start_ranks
+from tests.distributed.training_run import write_tasks
+
+SCRIPT = "training_run.py"
+
+
+def wait_until(condition, what, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.01)
+
+
+def rows_of(path: Path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row.pop("clock", None)
+    return rows
+
+
+def assert_same_bits(one: Path, other: Path):
+    model = next((one / "out" / "model").glob("*.safetensors")).name
+    assert (one / "out" / "model" / model).read_bytes() == (other / "out" / "model" / model).read_bytes()
+    last = "checkpoints/step-00000007/state.safetensors"
+    assert (one / last).read_bytes() == (other / last).read_bytes()
+    assert rows_of(one / "metrics.jsonl") == rows_of(other / "metrics.jsonl")
+    if (one / "trajectory.jsonl").exists():
+        assert rows_of(one / "trajectory.jsonl") == rows_of(other / "trajectory.jsonl")
+        assert [row["step"] for row in rows_of(one / "trajectory.jsonl")] == list(range(1, 8))
+        for path in (one / "out" / "weights").iterdir():
+            assert path.read_bytes() == (other / "out" / "weights" / path.name).read_bytes()
+
+
+def steps_of_checkpoints(stage: Path):
+    return sorted(int(path.name[5:]) for path in stage.glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_interrupted_equals_unbroken(world: int, tmp_path: Path):
+    write_tasks(tmp_path / "data")
+    # One launch: the unbroken s0 and s1, then both again with SIGUSR2 to the last rank in the middle of a step.
+    run_ranks(SCRIPT, tmp_path, world, ["s0:unbroken", "s1:unbroken", "s0:signal:2", "s1:signal:4"])
+    for stage in ("s0", "s1"):
+        assert_same_bits(tmp_path / "unbroken" / stage, tmp_path / "signal" / stage)
+    # kill -9 of every rank while s1 runs, some time after its first checkpoint; then the same line.
+    shutil.copytree(tmp_path / "unbroken" / "s0", tmp_path / "killed" / "s0")
+    ranks = start_ranks(SCRIPT, tmp_path, world, ["s1:killed"])
+    try:
+        wait_until(lambda: steps_of_checkpoints(tmp_path / "killed" / "s1"), "the first checkpoint")
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert not (tmp_path / "killed" / "s1" / "out" / "model").exists()
+    run_ranks(SCRIPT, tmp_path, world, ["s1:killed"])
+    assert_same_bits(tmp_path / "unbroken" / "s1", tmp_path / "killed" / "s1")
