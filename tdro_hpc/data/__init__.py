@@ -1,0 +1,1 @@
+"""Task files in, records and tokenised batches out. Rows stay on disk."""
