@@ -1,0 +1,1 @@
+"""Test sets, runs and judgements in, figures, tests of significance and tables out."""
