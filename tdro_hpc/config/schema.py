@@ -49,6 +49,8 @@ def _between(key: str, value: float, low: float, high: float, usual: str) -> lis
 
 @dataclass(frozen=True)
 class LoraConfig:
+    """Low-rank adapters; the defaults are those of the released models."""
+
     enabled: bool = True  # false = all parameters are trained
     rank: int = 8  # width of the low-rank update
     alpha: float = 32.0  # the update is scaled by alpha / rank
@@ -65,7 +67,9 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = "Qwen/Qwen1.5-0.5B"  # hub id, folder, package:<python package that carries a model>, tiny:<architecture>
+    """The backbone, how text goes into it, and how one vector comes out."""
+
+    name: str = "Qwen/Qwen1.5-0.5B"  # hub id, folder, package:<Python package with a model>, tiny:<architecture>
     revision: str = ""  # commit or tag of the hub id; empty = newest
     pooling: str = "last"  # last, mean or cls
     similarity: str = "cosine"  # cosine or dot
@@ -92,6 +96,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
+    """One task: where its rows are and how they are used."""
+
     file: str = ""  # name inside data.dir (or inside the hub data set); empty = found by the task's name
     format: str = "tdro"  # tdro, llm_embedder, pairs, beir, msmarco
     language: str = ""  # ISO codes separated by commas
@@ -114,6 +120,8 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Where the tasks are, and how their rows become tokens."""
+
     dir: str = ""  # folder of task files; an optional tasks.yaml in it describes them
     hub: str = ""  # data set id on the Hugging Face hub, used where data.dir is empty
     hub_revision: str = ""  # commit or tag of data.hub; empty = newest
@@ -138,6 +146,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
+    """How the ranks of a stage work together."""
+
     engine: str = "torch"  # torch = one process or DistributedDataParallel
     backend: str = "auto"  # auto = nccl where CUDA is, else gloo
     threads_per_rank: int = 0  # CPU threads of one rank; 0 = cores of the node divided by its ranks
@@ -154,6 +164,8 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
+    """The machines that a stage gets."""
+
     executor: str = "local"  # local = processes on this machine
     nodes: int = 1  # machines of one stage; 1 with executor=local
     gpus_per_node: int = 0  # 0 = no GPU
@@ -172,6 +184,8 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    """Which columns count as negatives, and in what chunks the rows are embedded."""
+
     mask_duplicates: bool = True  # columns with the text of the row's positive do not count as negatives
     mask_known_positives: bool = True  # nor do other positives of the row's record
     false_negative_margin: float | None = None  # columns scoring above positive - margin do not count; in cosine units
@@ -226,6 +240,9 @@ class TrainingConfig:
             + _between(at + "min_learning_rate_ratio", self.min_learning_rate_ratio, 0, 1, "0.1")
             + _at_least(at + "warmup_steps", self.warmup_steps, 0, "100")
             + _at_least(at + "weight_decay", self.weight_decay, 0, "0.1")
+            + _between(at + "adam_beta1", self.adam_beta1, 0, 0.9999, "0.9")
+            + _between(at + "adam_beta2", self.adam_beta2, 0, 0.999999, "0.999")
+            + _above(at + "adam_epsilon", self.adam_epsilon, 0, "1e-8")
             + _at_least(at + "max_grad_norm", self.max_grad_norm, 0, "1.0; 0 = off")
             + _at_least(at + "save_every_steps", self.save_every_steps, 1, "100 to 1000")
             + _at_least(at + "keep_checkpoints", self.keep_checkpoints, 1, "2")
@@ -235,6 +252,8 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class S1Config(TrainingConfig):
+    """Stage s1: the proxy's training, and how the weights of the tasks follow from its losses."""
+
     queries_per_rank: int = 64
     accumulation_steps: int = 4
     passages_per_query: int = 8
@@ -261,6 +280,8 @@ class S1Config(TrainingConfig):
 
 @dataclass(frozen=True)
 class S2Config(TrainingConfig):
+    """Stage s2: the retriever's training with the weights that s1 made."""
+
     weights: str = "curr"  # of s1: curr, mean, ema, top20 ... top90, or a JSON file; several by commas: one model each
     transfer: str = "sampling"  # sampling = tasks are drawn by weight; loss = drawn uniformly, loss times k x weight
 
@@ -270,6 +291,8 @@ class S2Config(TrainingConfig):
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """Stage eval: what is evaluated, on which test sets, and how texts are encoded and searched."""
+
     dir: str = ""  # folder of test sets, each in BEIR layout; empty = the embedded ones where data.builder is set
     sets: str = ""  # names separated by commas; empty = all in eval.dir
     models: str = "base,s0,s2"  # columns of the table: base, s0, s1, s2 (every s2 model), or folders
@@ -310,6 +333,8 @@ class EmbeddedConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
+    """What is written besides metrics.jsonl, which always is."""
+
     tensorboard: bool = False  # also writes <stage>/tensorboard
     plots: bool = True  # PNG files and report.html at the end of each stage
 

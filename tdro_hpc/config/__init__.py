@@ -1,0 +1,1 @@
+"""YAML and `key=value` in, one frozen Config out. Never imports torch."""

@@ -1,0 +1,142 @@
+"""A config in, the figures that follow from it out, as equations in the words of its keys. Worked out nowhere else.
+
+Pure but for parameter counts, which come from the headers of model files on this machine.
+"""
+
+from tdro_hpc.config.model_size import trained_parameters
+from tdro_hpc.config.schema import Config, TrainingConfig
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+_TINY_PARAMETERS = 1_000_000  # of tiny:<architecture>, to one digit: its exact shape needs torch
+
+
+def ranks_of(config: Config, stage_ranks: str = "all") -> int:
+    """Number of processes of a stage.
+
+    stage_ranks   all = every rank of the cluster profile; one = a single process
+    """
+    assert stage_ranks in ("all", "one"), f"ranks of a stage are all or one, not {stage_ranks}"
+    return 1 if stage_ranks == "one" else config.cluster.nodes * _ranks_per_node(config)[0]
+
+
+def ranks_equation(config: Config) -> str:
+    """Processes of a stage that runs on all ranks."""
+    per_node, key = _ranks_per_node(config)
+    return f"ranks {ranks_of(config):,} = {config.cluster.nodes:,} nodes x {per_node:,} {key}"
+
+
+def queries_per_step(section: TrainingConfig, ranks: int) -> int:
+    """Queries of one optimiser step, all ranks together."""
+    return ranks * section.queries_per_rank * section.accumulation_steps
+
+
+def batch_equation(config: Config, section: TrainingConfig, ranks: int) -> str:
+    """Queries of one optimiser step and what is multiplied; in how many forward chunks under gradient_cache."""
+    text = (
+        f"queries per step {queries_per_step(section, ranks):,} = {ranks:,} ranks x {section.queries_per_rank:,} "
+        f"queries_per_rank x {section.accumulation_steps:,} accumulation_steps"
+    )
+    if config.loss.gradient_cache:
+        text += f" (a rank embeds {config.loss.chunk_queries:,} chunk_queries at a time)"
+    return text
+
+
+def samples_equation(section: TrainingConfig, ranks: int) -> str:
+    """Queries that the whole stage draws."""
+    a_step = queries_per_step(section, ranks)
+    return f"queries in all {section.steps * a_step:,} = {section.steps:,} steps x {a_step:,} queries per step"
+
+
+def negatives_per_query(section: TrainingConfig, ranks: int) -> int:
+    """Negatives of one query before masks; under policy `task` in a mixed batch, the most there can be."""
+    queries = {"group": 1, "world": ranks * section.queries_per_rank}.get(section.negatives, section.queries_per_rank)
+    return queries * section.passages_per_query - 1
+
+
+def negatives_equation(config: Config, section: TrainingConfig, ranks: int) -> str:
+    """Negatives of one query, what is multiplied, and where they come from."""
+    a_query = f"{section.passages_per_query:,} passages_per_query"
+    a_rank = f"{section.queries_per_rank:,} queries_per_rank"
+    product, place = {
+        "group": (a_query, "its own hard negatives"),
+        "batch": (f"{a_rank} x {a_query}", "own and in-batch, this rank"),
+        "task": (f"{a_rank} x {a_query}", "own and in-batch of the same task, this rank"),
+        "world": (f"{ranks:,} ranks x {a_rank} x {a_query}", "own and in-batch, all ranks"),
+    }[section.negatives]
+    if section.accumulation_steps > 1 and section.negatives != "group":
+        place += f", of one of the {section.accumulation_steps:,} accumulation_steps"
+    most = "at most " if section.negatives == "task" and section.batching == "mixed" else ""
+    text = f"negatives per query {most}{negatives_per_query(section, ranks):,} = {product} - 1 positive ({place})"
+    own = _tasks_with_own_negatives(config)
+    if own and section.negatives != "group":
+        text += f"; {section.passages_per_query - 1:,} own ones for {len(own):,} tasks with negatives: group"
+    return text
+
+
+def disk_equation(config: Config, section: TrainingConfig) -> str:
+    """Size of the checkpoints that a stage keeps: weights and Adam's two moments of every trained parameter."""
+    model, kept = config.model, f"{section.keep_checkpoints:,} keep_checkpoints"
+    tiny = model.name.startswith("tiny:") and not model.lora.enabled
+    count = _TINY_PARAMETERS if tiny else trained_parameters(model)
+    if count is None:
+        why = "is small" if model.name.startswith("tiny:") else "is unknown until the model is downloaded"
+        return f"checkpoints {kept} x trained parameters x (weights + Adam states); their number {why}"
+    # Adapters are held in float32 whatever the weights below them are; Adam's moments have the type of the parameter.
+    a_value = 4 if model.lora.enabled else _BYTES[model.weights_dtype]
+    total = section.keep_checkpoints * count * 3 * a_value
+    about = "about " if tiny else ""
+    return (
+        f"checkpoints {about}{_size(total)} = {kept} x {count:,} trained parameters x {3 * a_value} bytes "
+        f"({a_value} weight + {2 * a_value} Adam)"
+    )
+
+
+def plan_lines(config: Config, kind: str) -> list[str]:
+    """Equations of one stage, a line each; none for prepare.
+
+    kind   prepare, s0, s1, s2, eval
+    """
+    if kind == "prepare":
+        return []
+    if kind == "eval":
+        return [_models_equation(config)]
+    section: TrainingConfig = getattr(config, kind)
+    ranks = ranks_of(config)
+    return [
+        ranks_equation(config),
+        batch_equation(config, section, ranks),
+        negatives_equation(config, section, ranks),
+        samples_equation(section, ranks),
+        disk_equation(config, section),
+    ]
+
+
+def _ranks_per_node(config: Config) -> tuple[int, str]:
+    """Processes on one node, and the key that says so."""
+    if config.cluster.ranks_per_node:
+        return config.cluster.ranks_per_node, "ranks_per_node"
+    if config.cluster.gpus_per_node:
+        return config.cluster.gpus_per_node, "gpus_per_node"
+    return 1, "rank a node (no GPU)"
+
+
+def _tasks_with_own_negatives(config: Config) -> list[str]:
+    only = [name.strip() for name in config.data.only.split(",") if name.strip()]
+    tasks = config.data.tasks
+    return [name for name in tasks if tasks[name].negatives == "group" and (not only or name in only)]
+
+
+def _models_equation(config: Config) -> str:
+    models = [model.strip() for model in config.eval.models.split(",") if model.strip()]
+    choices = [choice.strip() for choice in config.s2.weights.split(",") if choice.strip()]
+    parts = [f"{len(choices)} of s2 ({', '.join(choices)})" if model == "s2" else model for model in models]
+    count = sum(len(choices) if model == "s2" else 1 for model in models)
+    return f"models {count:,} = {' + '.join(parts)}"
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes in the unit a person would choose, to three digits."""
+    unit, size = next(((unit, size) for unit, size in _UNITS if num_bytes >= size), _UNITS[-1])
+    number = num_bytes / size
+    return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f} {unit}"
