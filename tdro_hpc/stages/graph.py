@@ -1,21 +1,9 @@
 """What each stage needs and makes, as plain data that the login node can read. Imports nothing heavy."""
 
-from dataclasses import dataclass
-
 from tdro_hpc.config.schema import Config
+from tdro_hpc.launch.stage import Stage
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One node of the chain. `name` is also its folder in the run directory."""
-
-    name: str  # s0, s1, s2-curr, eval ...
-    kind: str  # prepare, s0, s1, s2, eval: the module of tdro_hpc.stages that runs it
-    needs: tuple[str, ...]  # names of stages whose DONE.json must exist
-    makes: tuple[str, ...]  # paths under <stage>/out that DONE.json lists with their sizes
-    sections: tuple[str, ...]  # config sections that change its results: the keys that DONE.json hashes
-    ranks: str = "all"  # all = every rank of the cluster profile; one = a single process
-
+__all__ = ["Stage", "s2_variants", "stage_graph", "variant_label"]
 
 _TRAINING_KEYS = ("seed", "model", "data", "loss")
 
@@ -31,24 +19,39 @@ def variant_label(choice: str) -> str:
 
 
 def stage_graph(config: Config) -> dict[str, Stage]:
-    """Every stage this config can run, by name, in an order that respects the needs."""
+    """Every stage this config can run, by name, in an order that respects the needs.
+
+    raises ValueError when two choices of s2.weights would share a folder
+    """
     data = ("prepare",) if config.data.builder else ()
     stages = [
-        Stage("s0", "s0", data, ("model",), (*_TRAINING_KEYS, "s0")),
-        Stage("s1", "s1", (*data, "s0"), ("model", "weights"), (*_TRAINING_KEYS, "s1")),
+        Stage("s0", "s0", data, ("model",), (*_TRAINING_KEYS, "s0"), files=_files(config.s0.weights)),
+        Stage(
+            "s1", "s1", (*data, "s0"), ("model", "weights"), (*_TRAINING_KEYS, "s1"), files=_files(config.s1.weights)
+        ),
     ]
     if data:
         stages.insert(0, Stage("prepare", "prepare", (), ("data",), ("seed", "embedded"), ranks="one"))
     for choice in s2_variants(config):
-        needs = data if choice.endswith(".json") else (*data, "s1")
-        stages.append(Stage(f"s2-{variant_label(choice)}", "s2", needs, ("model",), (*_TRAINING_KEYS, "s2")))
+        name, files = f"s2-{variant_label(choice)}", _files(choice)
+        if name in [stage.name for stage in stages]:
+            raise ValueError(
+                f"s2.weights is {config.s2.weights}; two of its choices would both be made in the folder {name}. "
+                "Rename one of the JSON files, or leave one out."
+            )
+        needs = data if files else (*data, "s1")
+        stages.append(Stage(name, "s2", needs, ("model",), (*_TRAINING_KEYS, "s2"), files=files))
     stages.append(Stage("eval", "eval", data + _evaluated(config), ("scores",), ("seed", "model", "eval")))
     return {stage.name: stage for stage in stages}
 
 
+def _files(weights: str) -> tuple[str, ...]:
+    return (weights,) if weights.endswith(".json") else ()
+
+
 def _evaluated(config: Config) -> tuple[str, ...]:
     models = [model.strip() for model in config.eval.models.split(",")]
-    names = [name for name in ("s0", "s1") if name in models]
+    names: list[str] = [name for name in ("s0", "s1") if name in models]
     if "s2" in models:
         names += [f"s2-{variant_label(choice)}" for choice in s2_variants(config)]
     return tuple(names)

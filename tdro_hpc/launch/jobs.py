@@ -1,0 +1,148 @@
+"""Jobs of one stage: rows of jobs.jsonl, which of them is alive, and the lock that keeps a second copy away.
+
+{"event": "start", "job", "pid", "started", "host", "attempt", "ranks", "keys", "inputs", "fresh", "time"}
+{"event": "end", "job", "attempt", "exit_codes", "time"}        written by what supervises the ranks
+{"event": "stopped", "job", "step", "steps", "reason", "time"}  written by rank 0
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+JOBS = "jobs.jsonl"
+HEARTBEAT = "alive"  # log/alive: touched by the supervisor of a local job
+HEARTBEAT_SECONDS = 10.0
+_SILENT_SECONDS = 120.0  # a job on another machine that has been silent for longer is over
+_TAIL_BYTES = 1 << 16  # a row of metrics with the weights of many tasks has a few thousand
+_CLOCK_SLACK_SECONDS = 2.0  # the start time of a process is derived from the boot time, which may be adjusted
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; [] when it is missing. A last line that is being written is left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def newest_metrics(stage_dir: Path) -> dict[str, Any]:
+    """The last whole row of metrics.jsonl, from the end of the file; {} when there is none."""
+    lines = tail_of(stage_dir / "metrics.jsonl").split("\n")[1:-1]
+    return json.loads(lines[-1]) if lines else {}
+
+
+def tail_of(path: Path) -> str:
+    """The end of a text file, after a line end that stands before it; empty when it is missing."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            return "\n" + file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def append_event(stage_dir: Path, event: str, **values: Any) -> None:
+    """Add a row to jobs.jsonl in one write."""
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    row = json.dumps({"event": event, "time": time.time(), **values}) + "\n"
+    with open(stage_dir / JOBS, "ab", buffering=0) as file:
+        file.write(row.encode())
+        os.fsync(file.fileno())
+
+
+def append_start(
+    stage_dir: Path,
+    *,
+    job: str,
+    pid: int,
+    ranks: int,
+    keys: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    fresh: bool,
+) -> None:
+    """Note a job that has just been started on this machine; `fresh` = it does not continue an earlier one."""
+    append_event(
+        stage_dir,
+        "start",
+        job=job,
+        pid=pid,
+        started=started_at(pid),
+        host=socket.gethostname(),
+        attempt=next_attempt(stage_dir),
+        ranks=ranks,
+        keys=dict(keys),
+        inputs=dict(inputs),
+        fresh=fresh,
+    )
+
+
+def next_attempt(stage_dir: Path) -> int:
+    """Number of the attempt that comes next, from 1."""
+    return 1 + len([row for row in read_jsonl(stage_dir / JOBS) if row["event"] == "start"])
+
+
+def last_row(rows: list[dict[str, Any]], event: str) -> dict[str, Any] | None:
+    """The newest row of a kind."""
+    return next((row for row in reversed(rows) if row["event"] == event), None)
+
+
+def rows_of_this_making(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows since the stage was last begun anew."""
+    begun = max((index for index, row in enumerate(rows) if row["event"] == "start" and row["fresh"]), default=0)
+    return rows[begun:]
+
+
+def seconds_spent(rows: list[dict[str, Any]]) -> float:
+    """Wall time of all attempts of this making that have ended."""
+    starts = {row["job"]: row["time"] for row in rows if row["event"] == "start"}
+    return sum(row["time"] - starts[row["job"]] for row in rows if row["event"] == "end" and row["job"] in starts)
+
+
+def running_job(stage_dir: Path) -> dict[str, Any] | None:
+    """The start row of the job that works on this stage now; None when there is none."""
+    rows = read_jsonl(stage_dir / JOBS)
+    start = last_row(rows, "start")
+    if start is None or any(row["event"] == "end" and row["job"] == start["job"] for row in rows):
+        return None
+    if start["host"] == socket.gethostname():
+        return start if is_alive(start["pid"], start["started"]) else None
+    heartbeat = stage_dir / "log" / HEARTBEAT
+    silent = time.time() - max(start["time"], heartbeat.stat().st_mtime if heartbeat.exists() else 0.0)
+    return start if silent < _SILENT_SECONDS else None
+
+
+def started_at(pid: int) -> float:
+    """Start time of a process (s since 1970); 0 when it is gone."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def is_alive(pid: int, started: float) -> bool:
+    """Whether this very process runs: process ids are used again, therefore its start time has to fit."""
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return abs(process.create_time() - started) < _CLOCK_SLACK_SECONDS
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextmanager
+def stage_lock(stage_dir: Path) -> Iterator[None]:
+    """Hold the stage while looking whether it runs and starting it. A killed process lets go of it."""
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    with open(stage_dir / JOBS, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
