@@ -74,7 +74,7 @@ class TextTokenizer:
 
     def _sequences(self, texts: list[str], limit: int) -> list[list[int]]:
         encoded = self.hf_tokenizer(
-            texts,
+            [_without_surrogates(text) for text in texts],
             truncation=True,
             max_length=limit,
             padding=False,
@@ -102,6 +102,15 @@ class TextTokenizer:
         input_ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         input_ids[mask] = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences] or [lengths])
         return Tokens(torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64)))
+
+
+def _without_surrogates(text: str) -> str:
+    """The text as valid Unicode. Half a surrogate pair, which JSON can spell and scraped pages hold, becomes U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> TextTokenizer:

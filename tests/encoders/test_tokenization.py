@@ -107,6 +107,13 @@ def test_text_without_any_token_has_one_real_token_and_no_text_has_no_row():
     assert tokenizer.encode([], max_tokens=5).input_ids.shape == (0, 0)
 
 
+def test_half_a_surrogate_pair_is_a_replacement_character_and_a_whole_one_its_character():
+    tokenizer = load_tokenizer(ModelConfig(name="tiny:qwen2"))
+    broken, repaired = ["a \ud83d b", "\ud83d\ude00"], ["a \ufffd b", "\U0001f600"]
+    got, wanted = (tokenizer.encode(texts, max_tokens=20) for texts in (broken, repaired))
+    assert torch.equal(got.input_ids, wanted.input_ids)
+
+
 def test_texts_are_cut_at_their_end_whatever_the_tokenizers_file_says():
     wrapped = word_tokenizer()
     wrapped.truncation_side = "left"
