@@ -53,10 +53,9 @@ class Side:
 class TextModel:
     """A model as this file sees it."""
 
-    embed: Callable[[Tokens], Tensor]  # tokens on `device` -> float32 [rows, width]
+    embed: Callable[[Tokens], Tensor]  # tokens on the CPU -> [rows, width], on whichever device the model is
     tokenizer: Tokenizer
     width: int
-    device: torch.device
     identity: dict[str, Any]  # what makes its vectors what they are: fingerprint, pooling, similarity, precision
 
 
@@ -222,7 +221,7 @@ def _embed_block(tokens: Tokens, model: TextModel, batch_tokens: int) -> np.ndar
         chosen = order[start : start + max(1, batch_tokens // longest)]
         batch = _narrowed(tokens.rows(torch.from_numpy(chosen)))
         with torch.inference_mode():
-            vectors[chosen] = model.embed(batch.to(model.device)).float().numpy(force=True)
+            vectors[chosen] = model.embed(batch).float().numpy(force=True)
         start += len(chosen)
     return vectors
 

@@ -3,6 +3,7 @@
 What is finished is kept: vectors under eval/embeddings, scores of each model and test set under eval/out/scores.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -116,7 +117,7 @@ def _label_of(folder: Path) -> str:
     return "-".join(parts[-2:])
 
 
-def tests_dir(config: Config, run_dir: Path) -> Path:
+def folder_of_sets(config: Config, run_dir: Path) -> Path:
     """Folder of the test sets: eval.dir, or what stage prepare made where the data set is built on the spot.
 
     raises ValueError if there is neither
@@ -129,7 +130,7 @@ def tests_dir(config: Config, run_dir: Path) -> Path:
 
 
 def _open_sets(config: Config, run_dir: Path) -> list[Collection]:
-    folder = tests_dir(config, run_dir)
+    folder = folder_of_sets(config, run_dir)
     options = load_options(folder)
     unknown = sorted(options.keys() - {path.name for path in find_collections(folder, "")})
     if unknown:
@@ -177,16 +178,17 @@ def _score_bm25(evaluation: Evaluation) -> None:
 def _score_model(evaluation: Evaluation, ranker: Ranker) -> None:
     """Encode, search and score every test set that is not scored yet with these weights and settings."""
     config, process, progress = evaluation.config, evaluation.process, evaluation.encoding.progress
-    encoder = load_encoder(config.model, folder=ranker.folder, device=process.device, seed=config.seed).eval()
-    tokenizer = load_tokenizer(config.model, ranker.folder)
+    as_evaluated = dataclasses.replace(config.model, gradient_checkpointing=False)  # there is no backward pass
+    encoder = load_encoder(as_evaluated, folder=ranker.folder, device=process.device, seed=config.seed)
+    tokenizer = load_tokenizer(encoder.config, ranker.folder)  # a saved model knows its own pooling and end token
     identity = {
         "model": model_fingerprint(encoder, tokenizer),
-        "pooling": config.model.pooling,
-        "similarity": config.model.similarity,
-        "precision": config.model.autocast,
-        "bidirectional": config.model.bidirectional,
+        "pooling": encoder.config.pooling,
+        "similarity": encoder.config.similarity,
+        "bidirectional": encoder.config.bidirectional,
+        "precision": encoder.config.autocast,
     }
-    model = TextModel(encoder, tokenizer, encoder.width, process.device, identity)
+    model = TextModel(encoder, tokenizer, encoder.width, identity)
     for collection in evaluation.sets:
         sides = sides_of(config.eval, collection.options)
         key = {

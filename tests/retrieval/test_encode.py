@@ -72,7 +72,7 @@ def small_blocks(monkeypatch):
 
 
 def text_model(embed, left=False, **identity):
-    return TextModel(embed, WordTokenizer(left), WIDTH, torch.device("cpu"), {"model": "m", **identity})
+    return TextModel(embed, WordTokenizer(left), WIDTH, {"model": "m", **identity})
 
 
 def run_of(tmp_path, *, stop=None, rank=0, size=1, batch_tokens=256, lines=None, seconds=1e9):
