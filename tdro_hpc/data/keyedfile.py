@@ -73,8 +73,9 @@ class KeyedFile:
         self._open()
 
     def _open(self) -> None:
-        self._hashes = np.load(self.index / "hashes.npy", mmap_mode="r")  # int64 [stretches], ascending
-        self._places = np.load(self.index / "places.npy", mmap_mode="r")  # int64 [stretches, 2], start and end
+        # asarray: still mapped; slices of a memmap object took 40 % of the time of a row with 100 documents.
+        self._hashes = np.asarray(np.load(self.index / "hashes.npy", mmap_mode="r"))  # int64 [stretches], ascending
+        self._places = np.asarray(np.load(self.index / "places.npy", mmap_mode="r"))  # int64 [stretches, 2]
         self._handle = self.path.open("rb", buffering=0)
         self._process = os.getpid()
 

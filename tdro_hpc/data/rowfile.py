@@ -105,7 +105,7 @@ class RowFile:
         self._open()
 
     def _open(self) -> None:
-        self._offsets = np.load(self.index / "offsets.npy", mmap_mode="r")  # int64 [rows, 2], start and end
+        self._offsets = np.asarray(np.load(self.index / "offsets.npy", mmap_mode="r"))  # int64 [rows, 2], start and end
         self._handle = self.path.open("rb", buffering=0)
         self._process = os.getpid()
         status = os.fstat(self._handle.fileno())

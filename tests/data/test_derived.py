@@ -20,11 +20,13 @@ def make(path, kind="rows", *, stamp=STAMP, cache_dir="", build=build):
 def test_stamp_changes_with_size_time_and_ends(tmp_path):
     path = tmp_path / "x"
     stamps = []
-    for content, time in ((b"abc", 1), (b"abcd", 1), (b"abce", 1), (b"abce", 2)):
+    body = bytes(100_000)
+    contents = [body, body + b"x", body + b"y", b"y" + body, b"z" + body]
+    for content, time in [(content, 1) for content in contents] + [(body, 2)]:
         path.write_bytes(content)
         os.utime(path, ns=(time, time))
         stamps.append(stamp_of(path))
-    assert len(set(stamps)) == 4 and all(len(stamp) == 16 for stamp in stamps)
+    assert len(set(stamps)) == 6 and all(len(stamp) == 16 for stamp in stamps)
 
 
 def test_build_that_fails_leaves_nothing_and_the_next_one_works(tmp_path):

@@ -23,7 +23,7 @@ def msmarco_folder(tmp_path, write_lines):
     folder = tmp_path / "marco"
     write_lines(folder / "collection.tsv", [f"{n}\tpassage {n}" for n in range(300)])
     write_lines(folder / "queries.train.tsv", ["7\tseven", "8\teight"])
-    write_lines(folder / "qrels.train.tsv", ["7\t0\t5\t1", "8 0 6 1"])
+    write_lines(folder / "qrels.train.tsv", ["7\t0\t250\t1", "8 0 6 1"])
     return folder
 
 
@@ -32,6 +32,12 @@ def test_beir_row_joins_texts_and_judgements_positives_first(beir_folder):
     assert len(task) == 2  # c has no positive
     assert content(task.record(0)) == ("b", "query b", [("d3", "T3 text 3", 1), ("d4", "text 4", 1)])
     assert content(task.record(1)) == ("a", "query a", [("d0", "text 0", 1), ("d1", "T1 text 1", -1)])
+
+
+def test_positives_come_first_whatever_the_order_of_the_judgements(beir_folder, write_lines):
+    write_lines(beir_folder / "qrels" / "train.tsv", ["a\td1\t0", "a\td0\t1", "a\td2\t3"])
+    record = opened(beir_folder, "beir").record(0)
+    assert [(c.id, c.label) for c in record.candidates] == [("d0", 1), ("d2", 1), ("d1", -1)]
 
 
 def test_packed_beir_folder_gives_the_same_rows(beir_folder):
@@ -82,8 +88,8 @@ def test_bad_judgement_is_named(beir_folder, write_lines, line):
 def test_msmarco_run_gives_the_best_100_documents_that_are_not_judged(msmarco_folder, write_lines, run):
     write_lines(msmarco_folder / "run.train.tsv", run)
     record = opened(msmarco_folder, "msmarco").record(0)
-    assert record.query == "seven" and [c.id for c in record.positives] == ["5"]
-    assert [c.id for c in record.negatives] == [str(n) for n in range(299, 199, -1)]
+    assert record.query == "seven" and [c.id for c in record.positives] == ["250"]
+    assert [c.id for c in record.negatives] == [str(n) for n in range(299, 198, -1) if n != 250]
     assert record.negatives[0].full_text == "passage 299"
 
 

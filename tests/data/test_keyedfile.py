@@ -16,6 +16,11 @@ def test_lines_of_a_key_are_those_a_plain_search_finds(tmp_path, write_lines, mo
     assert [[line.decode() for line in found] for found in file.lines(keys)] == expected
 
 
+def test_neighbouring_lines_of_a_key_are_one_stretch(tmp_path, write_lines):
+    file = KeyedFile(write_lines(tmp_path / "x.tsv", ["a\t1", "a\t2", "b\t3", "a\t4"]), cache_dir="", key="first_field")
+    assert file.places_in_order.tolist() == [[0, 7], [8, 11], [12, 15]]
+
+
 def test_keys_with_the_same_hash_are_told_apart(tmp_path, write_lines, monkeypatch):
     monkeypatch.setattr(keyedfile, "hash_of", lambda key: 1)
     file = KeyedFile(write_lines(tmp_path / "x.tsv", ["a\t1", "b\t2", "a\t3"]), cache_dir="", key="first_field")

@@ -21,7 +21,8 @@ def rows_of(file):
 
 
 def read_all(file, results):
-    results.put((os.getpid(), rows_of(file)))
+    rows = rows_of(file)
+    results.put((os.getpid(), file._process, rows))
 
 
 def refuse_odd(line):
@@ -107,9 +108,9 @@ def test_other_process_reads_the_same_rows_through_its_own_handle(tmp_path, writ
     results = context.Queue()
     process = context.Process(target=read_all, args=(file, results))
     process.start()
-    pid, rows = results.get(timeout=60)
+    pid, opened_by, rows = results.get(timeout=60)
     process.join()
-    assert pid != os.getpid() and rows == rows_of(file)
+    assert pid == opened_by != os.getpid() and rows == rows_of(file)
 
 
 def test_file_that_changed_after_opening_is_not_read_by_a_new_process(tmp_path, write_lines):
@@ -120,7 +121,8 @@ def test_file_that_changed_after_opening_is_not_read_by_a_new_process(tmp_path, 
         pickle.loads(state)
 
 
-def test_skipped_rows_are_counted_and_the_numbering_is_that_of_the_good_rows(tmp_path, write_lines):
+def test_skipped_rows_are_counted_and_the_numbering_is_that_of_the_good_rows(tmp_path, write_lines, monkeypatch):
+    monkeypatch.setattr(rowfile, "BLOCK_BYTES", 16)  # bad rows in many blocks
     path = write_lines(tmp_path / "x.jsonl", [f"{{{n}}}" for n in range(30)])
     file = RowFile(path, cache_dir="", check=refuse_odd, variant="skip")
     assert rows_of(file) == [f"{{{n}}}".encode() for n in range(0, 30, 2)]
