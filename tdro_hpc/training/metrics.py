@@ -89,8 +89,10 @@ class Metrics:
         self._interval_began = time.monotonic()
 
     def add(self, values: StepValues) -> None:
-        """Keep the values of one step on the device."""
-        self._sums = self._sums.to(values.task_sums.device) + values.task_sums
+        """Keep the values of one step on the device. All ranks call it."""
+        # Summed over ranks at every step, not at the end of the interval: a checkpoint in the middle of it is made by
+        # one rank, and sums in another order would differ in the last bit.
+        self._sums = self._sums.to(values.task_sums.device) + sum_over_ranks(values.task_sums)
         self._grad_norms.append(values.grad_norm.detach().double())
         if values.alpha is not None and values.gradient is not None:
             self._alphas.append(values.alpha.detach().double())
@@ -99,7 +101,7 @@ class Metrics:
 
     def write(self, step: int, *, learning_rate: float) -> None:
         """End the interval at `step`: a row of metrics, a row of trajectory a step, a line. All ranks call it."""
-        sums = sum_over_ranks(self._sums)
+        sums = self._sums
         num_steps, num_tasks = len(self._grad_norms), len(self.task_names)
         pieces = [sums.flatten(), torch.stack(self._grad_norms), *self._alphas, *self._gradients]
         flat = torch.cat([piece.to(sums.device) for piece in pieces]).cpu()
