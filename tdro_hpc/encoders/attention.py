@@ -176,8 +176,8 @@ def _rows_of(states: Tensor, bucket: Bucket) -> Tensor:
 def _bucket_mask(bucket: Bucket, *, causal: bool, window: int | None) -> Tensor | None:
     """Which keys each query sees; None = all, or the plain causal triangle.
 
-    returns bool [texts or 1, 1, longest or 1, longest]. Padding stands after the text, where a causal query never looks,
-    so causal buckets need no mask for it.
+    returns bool [texts or 1, 1, longest or 1, longest]. Padding stands after the text, where a causal query never
+    looks, so causal buckets need no mask for it.
     """
     longest = bucket.slots.shape[1]
     if window is None or longest <= window:

@@ -5,6 +5,7 @@ Loads backbones by AutoModel under the names that sources.py explains. Knows not
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,15 +105,22 @@ def load_encoder(
     if folder is not None:
         config = _config_of_saved(config, folder)
     saved_weights = folder if folder is not None and not config.lora.enabled else None
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet_loading():
         torch.default_generator.manual_seed(seed)  # manual_seed of torch itself would touch the GPUs' generators too
         backbone = _load_backbone(config, saved_weights, attention_name(config, device))
         if config.lora.enabled:
             backbone = add_lora(backbone, config) if folder is None else load_lora(backbone, str(folder))
-    if config.gradient_checkpointing:
-        # Non-reentrant: gradients reach the adapters although nothing before them asks for any.
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.gradient_checkpointing:
+            _enable_checkpointing(backbone)
     return Encoder(backbone, config).to(device).eval()
+
+
+def _enable_checkpointing(backbone: Any) -> None:
+    """Recompute activations in the backward pass. Non-reentrant, so gradients reach adapters behind frozen layers."""
+    if hasattr(backbone, "activation_checkpointing_enable"):
+        backbone.activation_checkpointing_enable({"use_reentrant": False})
+    else:  # its name before transformers 5.23
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _config_of_saved(config: ModelConfig, folder: Path) -> ModelConfig:
@@ -142,6 +150,7 @@ def _load_backbone(config: ModelConfig, saved_weights: Path | None, attention: s
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
     backbone.config.use_cache = False
+    backbone.name_or_path = config.name  # peft writes it into adapter_config.json
     if config.bidirectional:
         backbone.config.is_causal = False
     return backbone
@@ -157,21 +166,20 @@ def _from_pretrained(source: str, config: ModelConfig, **options: Any) -> Any:
     options |= {"trust_remote_code": config.trust_remote_code, "output_loading_info": True}
     if config.revision and not Path(source).is_dir():
         options["revision"] = config.revision
-    with _quiet_loading():
+    try:
         try:
             backbone, report = AutoModel.from_pretrained(source, local_files_only=True, **options)
         except OSError:
-            try:
-                backbone, report = AutoModel.from_pretrained(source, **options)
-            except (OSError, ValueError) as error:
-                raise ValueError(_not_loaded(source, config, error)) from error
-        except ValueError as error:
-            raise ValueError(_not_loaded(source, config, error)) from error
+            if Path(source).is_dir():
+                raise
+            backbone, report = AutoModel.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_loaded(source, config, error)) from error
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:
         raise ValueError(
-            f"The weights at {source} lack {len(missing)} parameters of a {type(backbone).__name__}, such as {missing[0]}: "
-            f"they would be random. Set model.name to a model that is whole."
+            f"The weights at {source} lack {len(missing)} parameters of a {type(backbone).__name__}, such as "
+            f"{missing[0]}: they would be random. Set model.name to a model that is whole."
         )
     return backbone
 
@@ -211,14 +219,19 @@ def _require_capable(backbone: Any, config: ModelConfig, attention: str) -> None
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """transformers without progress bars and load reports; what matters of the latter is checked and raised here."""
+    """transformers without progress bars and load reports; what matters of the latter is checked and raised here.
+
+    Also without its notes on names that peft still calls by their old form.
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

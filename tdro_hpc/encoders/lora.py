@@ -77,7 +77,7 @@ def _require_targets(backbone: nn.Module, targets: str) -> None:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(
-            f"model.lora.targets is {targets!r}: this backbone has no linear layer {', '.join(unknown) or '(none named)'}. "
+            f"model.lora.targets is {targets!r}: this backbone has no linear layer {', '.join(unknown) or '(none)'}. "
             f"It has {', '.join(known)}. Set model.lora.targets=all-linear, or name some of these, separated by commas."
         )
 

@@ -25,6 +25,8 @@ _IDENTITY = ("name", "revision", "pooling", "similarity", "append_eos", "padding
 
 
 class SavableTokenizer(Protocol):
+    """What save_encoder asks of a tokenizer."""
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into the folder."""
 
@@ -73,8 +75,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
-            f"{folder} holds no saved encoder: {MANIFEST} is missing. Expected a model folder of a finished stage, such "
-            f"as runs/default/s0/out/model. To start from a plain Hugging Face folder set model.name to it."
+            f"{folder} holds no saved encoder: {MANIFEST} is missing. Expected a model folder of a finished stage, "
+            f"such as runs/default/s0/out/model. To start from a plain Hugging Face folder set model.name to it."
         )
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest.get("format_version") != FORMAT_VERSION:
