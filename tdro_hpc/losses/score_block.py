@@ -1,0 +1,102 @@
+"""A batch's embeddings and ids in, the description of its scores out: which columns each row is compared with.
+
+The scores themselves are never built. Under the policy `world` the columns are those of all ranks, the rows those of
+this rank.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tdro_hpc.config.schema import NEGATIVES, LossConfig
+from tdro_hpc.losses.infonce import grouped_infonce
+from tdro_hpc.parallel.gather import gather_ids, gather_rows, rows_of_ranks
+from tdro_hpc.parallel.process import group_rank
+
+if TYPE_CHECKING:
+    from tdro_hpc.data.batches import Batch
+
+
+@dataclass
+class ScoreBlock:
+    """Scores [rows, columns] as their factors, groups and masks; the fields are the arguments of grouped_infonce."""
+
+    queries: Tensor  # [rows, width]
+    documents: Tensor  # [columns, width]
+    positives: Tensor  # int64 [rows], column of the positive
+    temperature: float
+    query_group: Tensor | None = None  # int64 [rows]
+    document_group: Tensor | None = None  # int64 [columns]
+    document_ids: Tensor | None = None  # int64 [columns]
+    known_positive_ids: Tensor | None = None  # int64 [rows, known], -1 = none
+    false_negative_margin: float | None = None  # in units of q . d
+    keep_duplicates: bool = False  # columns with the text of the positive stay negatives
+
+    def row_losses(self, infonce: Callable[..., Tensor] = grouped_infonce) -> Tensor:
+        """Loss of every row [rows], nats, by `infonce` or another function of its contract."""
+        return infonce(
+            self.queries,
+            self.documents,
+            self.positives,
+            temperature=self.temperature,
+            query_group=self.query_group,
+            document_group=self.document_group,
+            document_ids=self.document_ids,
+            known_positive_ids=self.known_positive_ids,
+            false_negative_margin=self.false_negative_margin,
+            keep_duplicates=self.keep_duplicates,
+        )
+
+
+def build_score_block(
+    queries: Tensor, passages: Tensor, batch: "Batch", *, negatives: str, temperature: float, loss: LossConfig
+) -> ScoreBlock:
+    """The scores that a negatives policy asks for. All ranks call it together under `world`.
+
+    queries [rows, width]   passages [rows * passages_per_query, width], the positive of row i at i * passages_per_query
+    negatives  group: a row's own passages. task: those of the rows of its task in this rank's batch. batch: all of this
+               rank's. world: all ranks'. Rows marked own_negatives_only keep to their own passages under every policy,
+               and no other row sees theirs.
+    raises     ValueError for an unknown policy, or passages that do not divide into rows
+    """
+    if negatives not in NEGATIVES:
+        raise ValueError(f"The negatives policy is {negatives!r}; it must be one of {', '.join(NEGATIVES)}.")
+    if len(queries) == 0 or len(passages) % len(queries):
+        raise ValueError(
+            f"{len(passages)} passages do not divide into {len(queries)} rows; every row brings the same number."
+        )
+    device, per_query = queries.device, len(passages) // len(queries)
+    sizes = rows_of_ranks(len(passages)) if negatives == "world" else [len(passages)]
+    first_column = sum(sizes[: group_rank()]) if negatives == "world" else 0
+    positives = first_column + per_query * torch.arange(len(queries), device=device)
+    query_group = _query_groups(batch, positives, negatives)
+    document_group = query_group.repeat_interleave(per_query)
+    documents, ids = passages, batch.document_ids.to(device)
+    if negatives == "world":
+        documents = gather_rows(passages, sizes)
+        ids, document_group = gather_ids(torch.stack([ids, document_group], dim=1), sizes).unbind(1)
+    masked = loss.mask_duplicates or loss.mask_known_positives
+    return ScoreBlock(
+        queries,
+        documents,
+        positives,
+        temperature,
+        query_group=query_group,
+        document_group=document_group,
+        document_ids=ids if masked else None,
+        known_positive_ids=batch.known_positive_ids.to(device) if loss.mask_known_positives else None,
+        false_negative_margin=loss.false_negative_margin,
+        keep_duplicates=not loss.mask_duplicates,
+    )
+
+
+def _query_groups(batch: "Batch", positives: Tensor, negatives: str) -> Tensor:
+    """Group of each row [rows] int64. A group of its own is below 0 and unlike any other's on any rank."""
+    own = -1 - positives
+    if negatives == "group":
+        return own
+    shared = batch.task_ids.to(own.device) if negatives == "task" else torch.zeros_like(own)
+    return torch.where(batch.own_negatives_only.to(own.device), own, shared)

@@ -1,0 +1,1 @@
+"""Ranks and collectives, and the engine that wraps an encoder for training."""

@@ -1,0 +1,162 @@
+"""One rank of the loss checks: python loss_rank.py <folder> <rank> <world> <rendezvous>. Writes <folder>/<rank>.pt."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tdro_hpc.config.schema import LossConfig, ParallelConfig, TrainingConfig
+from tdro_hpc.losses.gradcache import cached_backward, split_by_length
+from tdro_hpc.losses.score_block import build_score_block
+from tdro_hpc.parallel.gather import _reduce_scatter, gather_ids, gather_rows, gather_values
+from tdro_hpc.parallel.process import (
+    any_rank,
+    broadcast_from_first,
+    end_process,
+    start_process,
+    sum_over_ranks,
+    wait_for_all,
+)
+from tdro_hpc.parallel.torch_engine import TorchEngine
+from tests.reference.toy import ToyEncoder, rows_of_batch, toy_batch
+
+ROWS = 8  # of the batch of all ranks
+POLICIES = ("group", "task", "batch", "world")
+TRAINING = TrainingConfig(learning_rate=0.01, warmup_steps=0, steps=10, max_grad_norm=0.5)
+LOSS = LossConfig(false_negative_margin=-0.2)  # columns that beat the positive by more do not count
+
+
+def losses_of(embeddings, batch, negatives):
+    block = build_score_block(*embeddings, batch, negatives=negatives, temperature=0.05, loss=LOSS)
+    return block.row_losses()
+
+
+def parts_of(batch):
+    return [batch.query_tokens, batch.passage_tokens]
+
+
+def slices(world, rows=ROWS):
+    return [slice(rows * rank // world, rows * (rank + 1) // world) for rank in range(world)]
+
+
+def gradients(encoder):
+    return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+
+
+def check_policies(process, batch):
+    """Row losses, averaged gradients, norm and the parameters after a step, for every policy."""
+    found = {}
+    for negatives in POLICIES:
+        engine = TorchEngine(ToyEncoder(), process, TRAINING)
+        losses = losses_of(engine.embed(parts_of(batch)), batch, negatives)
+        engine.backward(losses.mean(), synchronise=True)
+        found[negatives] = {"losses": losses.detach(), "gradients": gradients(engine.encoder), "norm": engine.step()}
+        found[negatives]["parameters"] = engine.state_dict()["tensors"]
+    return found
+
+
+def check_cache(process, batch, other):
+    """Two cached micro-steps, synchronised at the last one only."""
+    engine = TorchEngine(ToyEncoder(), process, TRAINING)
+    for micro_batch, last in ((batch, False), (other, True)):
+
+        def loss_of(embeddings, micro_batch=micro_batch):
+            return losses_of(embeddings, micro_batch, "world").mean() / 2
+
+        cached_backward(engine, parts_of(micro_batch), [2, 3], loss_of, synchronise=last)
+    return gradients(engine.encoder)
+
+
+def check_dropout_replay(process, batch):
+    """Gradients of the cache under dropout, and of one graph over the same chunks, averaged by hand."""
+    engine = TorchEngine(ToyEncoder(dropout=0.5), process, TRAINING)
+    torch.manual_seed(7 + process.data_rank)
+    parts = parts_of(batch)
+    loss = cached_backward(engine, parts, [2, 3], lambda e: losses_of(e, batch, "world").mean(), synchronise=True)
+    state = torch.get_rng_state()
+    plain = ToyEncoder(dropout=0.5)
+    torch.manual_seed(7 + process.data_rank)
+    embeddings = []
+    for part, (tokens, rows) in enumerate(zip(parts, [2, 3], strict=True)):
+        chunks = split_by_length(tokens, part, rows)
+        order = torch.cat([chunk.rows for chunk in chunks])
+        embeddings.append(torch.cat([plain(chunk.tokens) for chunk in chunks])[order.argsort()])
+    plain_loss = losses_of(embeddings, batch, "world").mean()
+    plain_loss.backward()
+    averaged = {name: sum_over_ranks(g) / process.data_size for name, g in gradients(plain).items()}
+    return {
+        "loss": (loss, plain_loss.detach()),
+        "gradients": (gradients(engine.encoder), averaged),
+        "generators": (state, torch.get_rng_state()),
+    }
+
+
+def check_gather(process):
+    """Rank r brings r rows; every rank weighs all rows by its own number."""
+    rank, world = process.data_rank, process.data_size
+    mine = torch.full((rank, 2), float(rank), requires_grad=True)
+    everything = gather_rows(mine)
+    (everything * (rank + 1)).sum().backward()
+    equal = torch.ones(3, 2, requires_grad=True)
+    (gather_rows(equal) * (rank + 1)).sum().backward()
+    return {
+        "rows": everything.detach(),
+        "gradient": mine.grad,
+        "scattered": _reduce_scatter((rank + 1.0) * torch.ones(len(everything), 2), list(range(world))),
+        "equal_gradient": equal.grad,
+        "ids": gather_ids(torch.arange(rank) + 10 * rank),
+        "values": gather_values(torch.tensor([0.5 * rank])),
+        "none": any_rank(False),
+        "last": any_rank(rank == world - 1),
+        "sum": sum_over_ranks(torch.tensor([1.0, rank], dtype=torch.float64)),
+        "first": broadcast_from_first(torch.tensor([float(rank + 5)])),
+    }
+
+
+def check_resume(process, batch):
+    """States after 3 unbroken steps, and after 2 steps, a new engine, and 1 step."""
+
+    def step(engine):
+        engine.backward(losses_of(engine.embed(parts_of(batch)), batch, "world").mean(), synchronise=True)
+        engine.step()
+
+    unbroken = TorchEngine(ToyEncoder(), process, TRAINING)
+    for number in range(3):
+        if number == 2:
+            state = unbroken.state_dict()
+            saved = {"tensors": {k: v.clone() for k, v in state["tensors"].items()}, "values": state["values"]}
+        step(unbroken)
+    resumed = TorchEngine(ToyEncoder(seed=1), process, TRAINING)
+    resumed.encoder.frozen.load_state_dict(unbroken.encoder.frozen.state_dict())  # comes from the backbone's files
+    resumed.load_state_dict(saved)
+    step(resumed)
+    return unbroken.state_dict()["tensors"], resumed.state_dict()["tensors"]
+
+
+def check_all(process):
+    world, rank = process.data_size, process.data_rank
+    whole, other = toy_batch(1, ROWS, own_task=1), toy_batch(50, ROWS)
+    mine, my_other = (rows_of_batch(batch, slices(world)[rank]) for batch in (whole, other))
+    uneven = toy_batch(90, ROWS + 3, own_task=0)
+    my_uneven = rows_of_batch(uneven, slices(world, ROWS + 3)[rank])
+    encoder = ToyEncoder()
+    return {
+        "policies": check_policies(process, mine),
+        "cache": check_cache(process, mine, my_other),
+        "dropout": check_dropout_replay(process, mine),
+        "resume": check_resume(process, mine),
+        "uneven": losses_of([encoder(part) for part in parts_of(my_uneven)], my_uneven, "world").detach(),
+    }
+
+
+def main(folder, rank, world, rendezvous):
+    config = ParallelConfig(backend="gloo", threads_per_rank=1, timeout_seconds=60)
+    process = start_process(config, rank=rank, world=world, local_rank=rank, rendezvous=rendezvous)
+    results = check_all(process) | {"gather": check_gather(process)}
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    wait_for_all()
+    end_process()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
