@@ -211,13 +211,16 @@ def _draw(what: str, module: str, function: str, folder: Path) -> None:
 
 
 def _fail(stage_dir: Path, place: Place, error: BaseException) -> NoReturn:
-    """Note the first cause in FAILED.json, the traceback in this rank's log, and end this process now."""
-    log = stage_dir / "log" / f"rank{place.rank}.log"
-    traceback.print_exception(error)
+    """Note the first cause in FAILED.json, the traceback in a file beside the log, and end this process now."""
+    # Not in the log itself: that of rank 0 is shown to a person, who is told the first cause in words.
+    trace = stage_dir / "log" / f"rank{place.rank}-error.txt"
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     words = str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
     if place.world > 1 and any(sign in words.lower() for sign in _SECOND_HAND):
         time.sleep(_SECOND_HAND_SECONDS)
-    write_failed(stage_dir, rank=place.rank, error=words, log=log)
+    write_failed(stage_dir, rank=place.rank, error=words, log=trace)
+    print(f"rank {place.rank} failed: {words.splitlines()[0]} (traceback in {trace})")
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: that waits for threads which may hang in a collective with ranks that are gone.
@@ -344,7 +347,9 @@ def main(arguments: list[str], *, graph_of: GraphOf = stage_graph, function_of: 
     stage_dir = Path(arguments[0]).resolve()
     try:
         place = place_by_hand(os.environ)
-        if place.rank == 0 and not _begin_by_hand(stage_dir, place, graph_of):
+        # Every rank looks, or the others would wait for rank 0.
+        done = read_state(stage_dir).status == "done"
+        if done or (place.rank == 0 and not _begin_by_hand(stage_dir, place, graph_of)):
             print(f"{stage_dir.name} is done: {stage_dir / 'DONE.json'}")
             return DONE_CODE
     except ValueError as problem:

@@ -18,6 +18,23 @@ if TYPE_CHECKING:
 
 # (stage folder, kind) -> what a rank calls; it is pickled, therefore it carries nothing but these two.
 JobOf = Callable[[Path, str], Callable[[], str]]
+# Exit code 3 = stopped and saved. A rank that failed is waited for in vain by the others.
+_WAIT_FOR_RANKS = """\
+trap 'kill -TERM "${ranks[@]}" 2>/dev/null || true' TERM INT USR2
+status=0
+while [ "${#ranks[@]}" -gt 0 ]; do
+  sleep 0.5
+  left=()
+  for rank in "${ranks[@]}"; do
+    if kill -0 "$rank" 2>/dev/null; then left+=("$rank"); continue; fi
+    code=0
+    wait "$rank" || code=$?
+    if [ "$status" -eq 0 ]; then status=$code; fi
+    if [ "$code" -ne 0 ] && [ "$code" -ne 3 ]; then kill -KILL "${ranks[@]}" 2>/dev/null || true; fi
+  done
+  ranks=(${left[@]+"${left[@]}"})
+done
+exit "$status\""""
 _NO_LIMIT_MINUTES = 60 * 24 * 365
 
 
@@ -39,15 +56,8 @@ def job_script(stage_dir: Path, *, ranks: int, threads: int) -> str:
         f"  RANK=$rank LOCAL_RANK=$rank {run} &",
         "  ranks+=($!)",
         "done",
-        "trap 'kill -TERM \"${ranks[@]}\" 2>/dev/null || true' TERM INT USR2",
-        "status=0",
-        'for rank in "${ranks[@]}"; do',
-        "  # a signal ends `wait` early: wait again until the rank itself is gone",
-        '  until wait "$rank"; do code=$?; kill -0 "$rank" 2>/dev/null || { status=$code; break; }; done',
-        "done",
-        "exit $status",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, _WAIT_FOR_RANKS])
 
 
 def submit_stage(

@@ -68,7 +68,8 @@ def run(config: Config, stage: Stage, run_dir: Path, process: Any) -> None:
         _obey(run_dir, stage.name, process.data_rank, step)
         state = {"step": step, "total": state["total"] + step}
         if first:
-            row = {"stage": stage.name, "step": step, "steps": config.s0.steps, "loss": 1 / step}
+            clock = {"time": time.time(), "queries_per_second": 1.0, "eta_seconds": 90.0}
+            row = {"stage": stage.name, "step": step, "steps": config.s0.steps, "loss": 1 / step, "clock": clock}
             with open(stage_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{stage.name} step {step}/{config.s0.steps}", flush=True)

@@ -1,0 +1,171 @@
+"""The front door without jobs: what a line means, what is wrong with it, and what it costs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tdro_hpc.config.load import ConfigError
+from tdro_hpc.submit import main, parse_call
+
+ROOT = Path(__file__).parents[1]
+
+
+def problems_of(*words: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_call(list(words))
+    return caught.value.problems
+
+
+def submit(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main([*words, f"runs_dir={tmp_path}"])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def plan_file(run_dir: Path) -> None:
+    run_dir.mkdir(parents=True)
+    stages = [
+        {"name": "s0", "kind": "s0", "needs": [], "action": "run"},
+        {"name": "s1", "kind": "s1", "needs": ["s0"], "action": "run"},
+        {"name": "eval", "kind": "eval", "needs": ["s0"], "action": ""},
+    ]
+    (run_dir / "plan.json").write_text(json.dumps({"line": "", "time": 0, "stages": stages}))
+
+
+def test_options_and_keys_are_told_apart():
+    call = parse_call(["stage=s1", "s1.eta=0.05", "dry_run=true", "name=x"])
+    assert (call.word, call.options) == ("run", {"stage": "s1", "dry_run": "true"})
+    assert call.config.s1.eta == 0.05 and call.run_dir == Path("runs/x")
+    assert call.is_on("dry_run") and not call.is_on("strict")
+
+
+def test_word_after_submit():
+    assert parse_call(["logs", "stage=s1", "follow=true"]).word == "logs"
+    assert parse_call(["status"]).names_run is False
+    assert parse_call(["status", "name=x"]).names_run is True
+
+
+def test_line_to_continue_leaves_force_out():
+    assert parse_call(["stage=all", "force=s0", "data.dir=a b"]).line == (
+        "python -m tdro_hpc.submit stage=all 'data.dir=a b'"
+    )
+    assert parse_call(["force=s0"]).line == "python -m tdro_hpc.submit stage=s0"
+
+
+def test_nothing_after_submit_prints_three_lines_to_try(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert said.count("    python -m tdro_hpc.submit") == 3 and len(said.splitlines()) < 20
+
+
+def test_lines_of_the_help_parse():
+    assert main(["help"]) == 0
+    for line in (main.__globals__["__doc__"]).splitlines():
+        if line.strip().startswith("python -m"):
+            words = line.split("     ")[0].split("  ")
+            command = " ".join(words).split()
+            known = [word for word in command[3:] if "=" in word or word == "status"]
+            parse_call([word for word in known if not word.startswith("config=")])
+
+
+def test_all_mistakes_of_a_call_come_together_without_traceback(tmp_path, capsys):
+    code, out, err = submit(
+        tmp_path, capsys, "stge=s1", "s0.stepz=3", "s1.eta=-1", "dry_run=maybe", "force=", "strict=true", "strict=true"
+    )
+    assert code == 2 and out == "" and "Traceback" not in err
+    for part in (
+        "Did you mean stage?",
+        "s0.steps",
+        "s1.eta",
+        "dry_run is 'maybe'; it must be true or false",
+        "force= is empty",
+        "strict is given twice",
+    ):
+        assert part in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_stage_names_the_nearest():
+    assert problems_of("stage=s2-cur") == [
+        "Unknown stage s2-cur. Did you mean s2-curr? There are all, s0, s1, s2, eval, s2-curr."
+    ]
+
+
+def test_option_of_another_word_says_where_it_belongs():
+    assert problems_of("stage=s1", "follow=true") == [
+        "follow= means nothing here; it belongs to: python -m tdro_hpc.submit logs. Leave it out."
+    ]
+    assert "it belongs to: python -m tdro_hpc.submit." in problems_of("status", "dry_run=true")[0]
+
+
+def test_misplaced_and_unknown_words():
+    assert "status has to be the first word" in problems_of("name=x", "status")[0]
+    assert problems_of("stats") == ["Unknown word stats. Type one of status, logs, cancel, report, or key=value."]
+
+
+def test_two_weight_choices_of_one_name_are_refused():
+    assert "both be made in the folder s2-curr" in problems_of("s2.weights=curr,mine/curr.json")[0]
+
+
+def test_dry_run_shows_the_chain_and_each_figure_once(tmp_path, capsys):
+    code, out, err = submit(tmp_path, capsys, "stage=all", "dry_run=true", "cluster.ranks_per_node=2")
+    assert code == 0 and err == ""
+    for name in ("s0", "s1", "s2-curr", "eval"):
+        assert f"-m tdro_hpc.run {tmp_path}/default/{name}" in out
+    figures = [line[8:] for line in out.splitlines() if " = " in line]
+    assert len(figures) == len(set(figures)) > 5
+    assert "ranks 2 = 1 nodes x 2 ranks_per_node" in figures
+    assert not list(tmp_path.iterdir())
+
+
+def test_strict_without_drift_is_no_error(tmp_path, capsys):
+    assert submit(tmp_path, capsys, "stage=s0", "strict=true", "dry_run=true")[0] == 0
+
+
+def test_status_tells_what_waits_for_what(tmp_path, capsys):
+    plan_file(tmp_path / "a")
+    code, out, _ = submit(tmp_path, capsys, "status", "name=a")
+    lines = out.splitlines()
+    assert code == 0 and lines[1].split() == ["stage", "state", "attempt", "step", "loss", "eta", "reason"]
+    assert lines[2].endswith("not started yet") and lines[3].endswith("waiting for s0")
+    assert len(lines) == 4  # eval was not asked for
+
+
+def test_status_without_a_name_shows_every_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 2 and "There is no run in runs/ yet" in capsys.readouterr().err
+    for name in ("a", "b"):
+        plan_file(tmp_path / "runs" / name)
+    assert main(["status"]) == 0
+    out = capsys.readouterr().out
+    assert "run runs/a" in out and "run runs/b" in out
+    assert main(["cancel"]) == 2
+    assert "Which run is meant? There are a, b." in capsys.readouterr().err
+
+
+def test_words_about_a_run_that_is_not_there(tmp_path, capsys):
+    plan_file(tmp_path / "a")
+    for word in ("status", "logs", "cancel", "report"):
+        code, _, err = submit(tmp_path, capsys, word, "name=b")
+        assert code == 2 and f"There is no run {tmp_path}/b. Runs in {tmp_path}: a." in err
+    code, _, err = submit(tmp_path, capsys, "logs", "name=a")
+    assert code == 2 and "has no log of any stage yet" in err
+
+
+def test_submit_costs_under_a_second_and_imports_nothing_heavy(tmp_path):
+    heavy = ("torch", "transformers", "numpy", "submitit", "matplotlib")
+    code = (
+        "import sys\nfrom tdro_hpc.submit import main\n"
+        f"main(['stage=all', 'dry_run=true', 'runs_dir={tmp_path}'])\n"
+        f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
+    )
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    after = os.times()
+    assert done.stderr.strip() == "[]"
+    # Time of the processor, not of the clock: other tests may be at work beside this one.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
