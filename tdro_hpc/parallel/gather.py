@@ -88,6 +88,6 @@ def _reduce_scatter(everything: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _padded(rows: Tensor, num_rows: int) -> Tensor:
-    """Contiguous rows with zeros below: collectives want equal shapes, and nobody reads the padding of a shorter rank."""
+    """Contiguous rows with zeros below: collectives want equal shapes. Nobody reads the padding of a shorter rank."""
     missing = rows.new_zeros(num_rows - len(rows), *rows.shape[1:])
     return torch.cat([rows, missing]) if len(missing) else rows.contiguous()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tdro_hpc.config.schema import LossConfig, TrainingConfig
+from tdro_hpc.config.schema import LoraConfig, LossConfig, ModelConfig, TrainingConfig
 from tdro_hpc.data.tokens import Tokens
+from tdro_hpc.encoders.backbone import load_encoder
 from tdro_hpc.losses.gradcache import cached_backward, split_by_length
 from tdro_hpc.losses.score_block import build_score_block
 from tdro_hpc.parallel.process import Process
@@ -48,6 +49,18 @@ def test_loss_and_gradients_are_those_of_the_uncached_step(chunk_rows, temperatu
     torch.testing.assert_close(gradients(cached), gradients(plain), **CLOSE)
 
 
+def chunked_backward(engine, parts, chunk_rows, loss_of, *, synchronise):
+    """What cached_backward promises, with the graphs of all chunks in memory at once."""
+    embeddings = []
+    for part, (tokens, rows) in enumerate(zip(parts, chunk_rows, strict=True)):
+        chunks = split_by_length(tokens, part, rows)
+        order = torch.cat([chunk.rows for chunk in chunks])
+        embeddings.append(torch.cat([engine.embed([chunk.tokens])[0] for chunk in chunks])[order.argsort()])
+    loss = loss_of(embeddings)
+    engine.backward(loss, synchronise=synchronise)
+    return loss.detach()
+
+
 def test_gradients_are_exact_under_dropout():
     batch = toy_batch(2, ROWS)
     parts = [batch.query_tokens, batch.passage_tokens]
@@ -56,16 +69,30 @@ def test_gradients_are_exact_under_dropout():
     loss = cached_backward(cached, parts, [3, 5], loss_function(batch), synchronise=True)
     after = torch.get_rng_state()
     torch.manual_seed(3)
-    embeddings = []
-    for part, (tokens, rows) in enumerate(zip(parts, [3, 5], strict=True)):
-        chunks = split_by_length(tokens, part, rows)
-        order = torch.cat([chunk.rows for chunk in chunks])
-        embeddings.append(torch.cat([plain.embed([chunk.tokens])[0] for chunk in chunks])[order.argsort()])
-    plain_loss = loss_function(batch)(embeddings)
-    plain.backward(plain_loss, synchronise=True)
-    torch.testing.assert_close(loss, plain_loss.detach(), **CLOSE)
+    plain_loss = chunked_backward(plain, parts, [3, 5], loss_function(batch), synchronise=True)
+    torch.testing.assert_close(loss, plain_loss, **CLOSE)
     torch.testing.assert_close(gradients(cached), gradients(plain), **CLOSE)
     assert torch.equal(after, torch.get_rng_state())
+
+
+def test_gradients_of_a_real_backbone_are_exact_with_lora_dropout_autocast_and_checkpointing():
+    config = ModelConfig(name="tiny:qwen2", attention="sdpa", lora=LoraConfig(dropout=0.3))
+    assert config.gradient_checkpointing and config.autocast == "bfloat16"
+    batch = toy_batch(8, 6)
+    parts = [batch.query_tokens, batch.passage_tokens]
+    found = []
+    for backward in (cached_backward, chunked_backward):
+        encoder = load_encoder(config, device="cpu", seed=0)
+        with torch.no_grad():
+            for parameter in encoder.parameters():  # a fresh adapter is zero and lets no gradient through one side
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        engine = TorchEngine(encoder, ALONE, TrainingConfig())
+        torch.manual_seed(3)
+        loss = backward(engine, parts, [2, 5], loss_function(batch), synchronise=True)
+        found.append((loss, gradients(engine)))
+    assert len(found[0][1]) > 0 and all(gradient.abs().max() > 0 for gradient in found[0][1].values())
+    torch.testing.assert_close(found[0], found[1], **CLOSE)
 
 
 def test_row_losses_reach_the_caller_and_the_loss_runs_once():

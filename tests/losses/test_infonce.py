@@ -255,6 +255,25 @@ def test_gradient_buffers_are_handed_over_and_not_copied():
     assert sorted(addresses) == sorted([queries.grad.data_ptr(), documents.grad.data_ptr()])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("masks", [MASKS[0], MASKS[-1]], ids=["none", "all"])
+def test_cuda_gives_what_the_cpu_gives_and_the_same_bits_each_time(masks):
+    queries, documents = (vectors.float() for vectors in embeddings(14, 40, 90))
+    positives, options = choices(15, 40, 90)
+    positives = positives % 7  # many rows share a positive: their gradients must be summed in one order
+    options = {name: options[name] for name in masks}
+    wanted = values_and_gradients(
+        grouped_infonce, queries, documents, positives, torch.ones(40), temperature=0.02, **options
+    )
+    on_gpu = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    inputs = queries.cuda(), documents.cuda(), positives.cuda(), torch.ones(40).cuda()
+    first, again = (values_and_gradients(grouped_infonce, *inputs, temperature=0.02, **on_gpu) for _ in range(2))
+    for got, want, repeated in zip(first, wanted, again, strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)  # float32 scores over a temperature of 0.02
+        assert torch.equal(got, repeated)
+
+
 def test_losses_may_be_changed_in_place_before_the_backward():
     queries, documents = (vectors.requires_grad_() for vectors in embeddings(13, 4, 8))
     plain = values_and_gradients(
