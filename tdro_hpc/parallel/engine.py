@@ -37,7 +37,7 @@ class Engine(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": {name: Tensor}, "values": JSON-able}, all that a resumed run needs; the live tensors, no copies."""
+        """{"tensors": {name: Tensor}, "values": JSON-able}, what a resumed run needs; the live tensors, no copies."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
