@@ -17,6 +17,7 @@ B = 0.4  # how much a long text is held back
 # Scripts without spaces between words: kana, CJK ideographs, hangul.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _RUN = re.compile(rf"[{_UNSPACED}]+|[^\W_{_UNSPACED}]+")
+_UNSPACED_START = re.compile(rf"[{_UNSPACED}]")
 
 
 def split_words(text: str) -> list[str]:
@@ -29,7 +30,7 @@ def split_words(text: str) -> list[str]:
 
     words: list[str] = []
     for run in _RUN.findall(text.lower()):
-        if not re.match(rf"[{_UNSPACED}]", run):
+        if not _UNSPACED_START.match(run):
             if run not in STOPWORDS_EN:
                 words.append(run)
         elif len(run) == 1:

@@ -1,0 +1,28 @@
+"""Data set built on the spot: the documentation on this machine becomes training tasks and held-out test sets."""
+
+import shutil
+from pathlib import Path
+
+from tdro_hpc.atomic import new_folder
+from tdro_hpc.config.schema import Config
+from tdro_hpc.embedded.build import build_embedded
+from tdro_hpc.parallel.process import Process
+from tdro_hpc.stages.graph import Stage
+
+
+def run(config: Config, stage: Stage, run_dir: Path, process: Process) -> None:
+    """Make out/data: train/<task>.jsonl, test/<set> in BEIR layout and facts.json, all of it or nothing.
+
+    raises  ValueError  where data.builder names no builder, or this machine carries too little documentation
+    """
+    if config.data.builder != "embedded":
+        raise ValueError(
+            f"Stage {stage.name} has nothing to build: data.builder is {config.data.builder!r}. "
+            "Type data=embedded for the data set made from this machine's documentation."
+        )
+    assert process.data_size == 1, "stage prepare runs in one process"
+    out = run_dir / stage.name / "out"
+    for leftover in out.glob(".data.*"):
+        shutil.rmtree(leftover)  # of a build that was killed
+    with new_folder(out / "data") as folder:
+        build_embedded(folder, config.embedded, seed=config.seed)
