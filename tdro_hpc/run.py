@@ -275,6 +275,8 @@ def _set_environment(config: Config, place: Place) -> None:
     threads = config.parallel.threads_per_rank or max(1, cores // place.local_world)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["PYTHONUNBUFFERED"] = "1"
+    if not sys.stdout.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # bars of other packages fill a log with carriage returns
     if config.cluster.gpus_per_node == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -14,11 +14,10 @@ from tdro_hpc.atomic import write_json
 from tdro_hpc.config.load import save_config
 from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.executor import JobOf, ask_to_stop, submit_stage
-from tdro_hpc.launch.jobs import last_row, read_jsonl, running_job, stage_lock
+from tdro_hpc.launch.jobs import end_orphans, last_row, read_jsonl, running_job, stage_lock
 from tdro_hpc.launch.plan import SKIP, Plan, PlannedStage
 from tdro_hpc.launch.progress import View, view_for
 from tdro_hpc.launch.record import (
-    DONE,
     FAILED,
     StageState,
     clear_stage,
@@ -110,6 +109,7 @@ def _bring_about(chain: Chain, step: PlannedStage, signals: Signals, view: View)
 
 def _start(chain: Chain, step: PlannedStage, stage_dir: Path) -> Any:
     inputs = inputs_of(step.stage, chain.run_dir)
+    end_orphans(stage_dir)
     if step.fresh:
         clear_stage(stage_dir)
     (stage_dir / FAILED).unlink(missing_ok=True)
@@ -136,6 +136,7 @@ def _follow(stage_dir: Path, job: Any, signals: Signals, view: View) -> bool:
             job.done()  # takes the exit code, so that no zombie stays
         row = running_job(stage_dir)
         if row is None:
+            end_orphans(stage_dir)
             view.update()
             return False
         if len(signals.numbers) > heard:
@@ -199,8 +200,8 @@ def _close(chain: Chain) -> None:
         path = kinds[kind] / "out" / file if kind in kinds else None
         if path is not None and path.is_file():
             print("\n".join(filter(None, ["", title, path.read_text(encoding="utf-8").rstrip()])))
-    made = [str(chain.run_dir / step.stage.name / DONE) for step in chain.plan.to_run]
-    print(f"\n{len(made)} stages done." if made else "\nNothing to do: all stages are done.")
+    made = [step.stage.name for step in chain.plan.steps if step.action != SKIP]
+    print(f"\ndone  {', '.join(made)}" if made else "\nNothing to do: all stages are done.")
     report = chain.run_dir / "report.html"
     if report.is_file():
         print(f"report  {report}")

@@ -7,6 +7,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 JOBS = "jobs.jsonl"
 HEARTBEAT = "alive"  # log/alive: touched by the supervisor of a local job
@@ -139,10 +142,36 @@ def is_alive(pid: int, started: float) -> bool:
         return False
 
 
+def end_group(leader: int) -> None:
+    """End every process of a process group but its leader."""
+    for process in psutil.process_iter():
+        try:
+            if process.pid != leader and os.getpgid(process.pid) == leader:
+                process.kill()
+        except (OSError, psutil.Error):
+            pass  # it ended by itself, or is none of ours
+
+
+def end_orphans(stage_dir: Path) -> None:
+    """End what the newest job has left behind if its supervisor was killed: it could not do so itself."""
+    start = last_row(read_jsonl(stage_dir / JOBS), "start")
+    # A supervisor leads a group of its own, whose number stays taken as long as one process is in it. A process with
+    # that number now is another one, and so is its group.
+    is_ours = start is not None and start["job"] == str(start["pid"]) and start["host"] == socket.gethostname()
+    if start is not None and is_ours and not psutil.pid_exists(start["pid"]):
+        end_group(start["pid"])
+
+
 @contextmanager
 def stage_lock(stage_dir: Path) -> Iterator[None]:
     """Hold the stage while looking whether it runs and starting it. A killed process lets go of it."""
     stage_dir.mkdir(parents=True, exist_ok=True)
     with open(stage_dir / JOBS, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some cluster file systems are mounted without locks. The list of jobs alone still tells what runs.
+            logger.warning(
+                "%s cannot be locked (%s): do not start the same run twice at the same moment", file.name, error
+            )
         yield

@@ -4,6 +4,7 @@ when a rank dies. Started by executor.py as a program of its own, which outlives
     python -m tdro_hpc.launch.supervisor <stage>/log/attempt-<n>
 """
 
+import os
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from submitit.local.local import Controller
 
-from tdro_hpc.launch.jobs import HEARTBEAT, HEARTBEAT_SECONDS, append_event
+from tdro_hpc.launch.jobs import HEARTBEAT, HEARTBEAT_SECONDS, append_event, end_group
 from tdro_hpc.launch.record import DONE, FAILED, write_failed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -81,6 +82,8 @@ class Supervisor(Controller):
         """Run the job to its end, note that in jobs.jsonl; 0 when all ranks left well."""
         self.start_tasks()
         codes = self.wait()
+        # Loader processes of a rank that was killed notice it late, or never.
+        end_group(os.getpid())
         for file in [*self.stdouts, *self.stderrs]:
             file.close()
         append_event(self.stage_dir, "end", job=self.pid, exit_codes=list(codes))

@@ -1,9 +1,12 @@
 import json
 import os
+import subprocess
+import sys
 
+import psutil
 import pytest
 
-from tdro_hpc.launch.jobs import append_event, append_start, next_attempt, read_jsonl
+from tdro_hpc.launch.jobs import append_event, append_start, end_orphans, next_attempt, read_jsonl
 from tdro_hpc.launch.record import (
     clear_stage,
     code_version,
@@ -104,6 +107,28 @@ def test_running_needs_the_same_process_not_only_the_same_id(tmp_path):
 def test_a_dead_process_is_not_running(tmp_path):
     start(tmp_path, 2**22 + 1)  # above the largest process id
     assert read_state(tmp_path).status == "stopped"
+
+
+def test_orphans_of_a_killed_supervisor_are_ended_and_nobody_else(tmp_path):
+    sleep = [sys.executable, "-c", "import time; time.sleep(100)"]
+    # The group outlives its leader; a bystander has a group of its own.
+    leader = subprocess.Popen(
+        ["bash", "-c", "sleep 100 & echo $!; wait"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    bystander = subprocess.Popen(sleep, start_new_session=True)
+    assert leader.stdout is not None
+    orphan = psutil.Process(int(leader.stdout.readline()))
+    start(tmp_path, leader.pid, job=str(leader.pid))
+    end_orphans(tmp_path)
+    assert orphan.is_running() and leader.poll() is None  # nothing is done while the leader lives
+    leader.kill()
+    leader.wait()
+    end_orphans(tmp_path)
+    orphan.wait(timeout=5)
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+    leader.stdout.close()
 
 
 def test_an_ended_job_is_not_running(tmp_path):
