@@ -5,6 +5,7 @@ import re
 from tdro_hpc.config.schema import Config, TrainingConfig
 
 STAGE_KINDS = ("prepare", "s0", "s1", "s2", "eval")  # s2-<weights> is one model of s2
+EVALUATED = ("base", "bm25", "s0", "s1", "s2")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _MIXTURES = "uniform, size, temperature:<exponent> or a weights JSON"
 
@@ -20,7 +21,7 @@ def cross_problems(config: Config, broken: set[str]) -> list[str]:
         (("model",), _model(config)),
         (("cluster", "parallel"), _machines(config)),
         (("s1", "s2"), _weights_of_s2(config)),
-        (("eval",), _evaluated_models(config)),
+        (("eval", "s2"), _evaluated_models(config)),
     ]
     for name in ("s0", "s1", "s2"):
         section: TrainingConfig = getattr(config, name)
@@ -118,6 +119,12 @@ def _own_negatives(name: str, section: TrainingConfig, config: Config) -> list[s
     ]
 
 
+def labels_of_s2(config: Config) -> list[str]:
+    """Short name of each choice of s2.weights: itself, or the stem of a JSON file."""
+    choices = [choice.strip() for choice in config.s2.weights.split(",") if choice.strip()]
+    return [choice.rpartition("/")[2].removesuffix(".json") for choice in choices]
+
+
 def _weights_of_s2(config: Config) -> list[str]:
     problems = []
     percents = [part.strip() for part in config.s1.top_percents.split(",") if part.strip()]
@@ -149,12 +156,16 @@ def _weights_of_s2(config: Config) -> list[str]:
 
 def _evaluated_models(config: Config) -> list[str]:
     models = [model.strip() for model in config.eval.models.split(",") if model.strip()]
-    problems = [
-        f"eval.models holds {model!r}; it may hold base, s0, s1, s2 and folders. Type eval.models=base,s0,s2, or "
-        f"eval.models=./{model} for a folder."
-        for model in models
-        if model not in ("base", "s0", "s1", "s2") and "/" not in model
-    ]
+    variants = [f"s2-{label}" for label in labels_of_s2(config)]
+    problems = []
+    for model in models:
+        if model in (*EVALUATED, *variants) or "/" in model:
+            continue
+        cure = f"eval.models=base,s0,s2, or eval.models=./{model} for a folder"
+        if model.startswith("s2-"):
+            cure = f"s2.weights={config.s2.weights},{model.removeprefix('s2-')} to train that one too"
+        known = ", ".join((*EVALUATED, *variants))
+        problems.append(f"eval.models holds {model!r}; it may hold {known} and folders. Type {cure}.")
     if not models:
         problems.append("eval.models is empty; it must name what to evaluate. Type eval.models=base,s0,s2.")
     return problems

@@ -3,6 +3,7 @@
 Pure but for parameter counts, which come from the headers of model files on this machine.
 """
 
+from tdro_hpc.config.checks import labels_of_s2
 from tdro_hpc.config.model_size import trained_parameters
 from tdro_hpc.config.schema import Config, TrainingConfig
 
@@ -34,8 +35,8 @@ def queries_per_step(section: TrainingConfig, ranks: int) -> int:
 def batch_equation(config: Config, section: TrainingConfig, ranks: int) -> str:
     """Queries of one optimiser step and what is multiplied; in how many forward chunks under gradient_cache."""
     text = (
-        f"queries per step {queries_per_step(section, ranks):,} = {ranks:,} ranks x {section.queries_per_rank:,} "
-        f"queries_per_rank x {section.accumulation_steps:,} accumulation_steps"
+        f"queries per step {queries_per_step(section, ranks):,} = {_counted(ranks, 'rank')} x "
+        f"{section.queries_per_rank:,} queries_per_rank x {section.accumulation_steps:,} accumulation_steps"
     )
     if config.loss.gradient_cache:
         text += f" (a rank embeds {config.loss.chunk_queries:,} chunk_queries at a time)"
@@ -62,7 +63,7 @@ def negatives_equation(config: Config, section: TrainingConfig, ranks: int) -> s
         "group": (a_query, "its own hard negatives"),
         "batch": (f"{a_rank} x {a_query}", "own and in-batch, this rank"),
         "task": (f"{a_rank} x {a_query}", "own and in-batch of the same task, this rank"),
-        "world": (f"{ranks:,} ranks x {a_rank} x {a_query}", "own and in-batch, all ranks"),
+        "world": (f"{_counted(ranks, 'rank')} x {a_rank} x {a_query}", "own and in-batch, all ranks"),
     }[section.negatives]
     if section.accumulation_steps > 1 and section.negatives != "group":
         place += f", of one of the {section.accumulation_steps:,} accumulation_steps"
@@ -70,7 +71,7 @@ def negatives_equation(config: Config, section: TrainingConfig, ranks: int) -> s
     text = f"negatives per query {most}{negatives_per_query(section, ranks):,} = {product} - 1 positive ({place})"
     own = _tasks_with_own_negatives(config)
     if own and section.negatives != "group":
-        text += f"; {section.passages_per_query - 1:,} own ones for {len(own):,} tasks with negatives: group"
+        text += f"; {section.passages_per_query - 1:,} of its own in {_counted(len(own), 'task')} with negatives: group"
     return text
 
 
@@ -129,10 +130,14 @@ def _tasks_with_own_negatives(config: Config) -> list[str]:
 
 def _models_equation(config: Config) -> str:
     models = [model.strip() for model in config.eval.models.split(",") if model.strip()]
-    choices = [choice.strip() for choice in config.s2.weights.split(",") if choice.strip()]
-    parts = [f"{len(choices)} of s2 ({', '.join(choices)})" if model == "s2" else model for model in models]
-    count = sum(len(choices) if model == "s2" else 1 for model in models)
-    return f"models {count:,} = {' + '.join(parts)}"
+    variants = [f"s2-{label}" for label in labels_of_s2(config)]
+    # A model that is named twice is one column.
+    columns = dict.fromkeys(column for model in models for column in (variants if model == "s2" else [model]))
+    return f"models {len(columns):,} = {' + '.join(columns)}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(num_bytes: int) -> str:

@@ -14,7 +14,7 @@ from tdro_hpc.config.schema import Config, TaskConfig
 GROUPS = ("model", "data", "parallel", "cluster", "recipe")  # picks: <group>=<name> reads configs/<group>/<name>.yaml
 PICKS = (*GROUPS, "config")
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -57,32 +57,32 @@ KEYS, SECTIONS = _keys_of(Config, "")
 TASK_KEYS, _ = _keys_of(TaskConfig, "")
 
 
-def path_of(dotted: str) -> Path:
-    """Path of a key typed with dots; everything between `data.tasks.` and the last name is the name of a task."""
+def path_of(dotted: str) -> KeyPath:
+    """KeyPath of a key typed with dots; everything between `data.tasks.` and the last name is the name of a task."""
     parts = tuple(dotted.split("."))
     if parts[:2] == ("data", "tasks") and len(parts) > 4:
         return ("data", "tasks", ".".join(parts[2:-1]), parts[-1])
     return parts
 
 
-def is_task(path: Path) -> bool:
+def is_task(path: KeyPath) -> bool:
     """Whether the path is data.tasks.<name>, a section that exists for every name."""
     return path[:2] == ("data", "tasks") and len(path) == 3
 
 
-def is_section(path: Path) -> bool:
+def is_section(path: KeyPath) -> bool:
     """Whether the path holds further keys instead of a value."""
     return ".".join(path) in SECTIONS or path == ("data", "tasks") or is_task(path)
 
 
-def key_of(path: Path) -> Key | None:
+def key_of(path: KeyPath) -> Key | None:
     """The key at a path; None where there is none."""
     if path[:2] == ("data", "tasks"):
         return TASK_KEYS.get(path[3]) if len(path) == 4 else None
     return KEYS.get(".".join(path))
 
 
-def keys_of_section(path: Path) -> list[str]:
+def keys_of_section(path: KeyPath) -> list[str]:
     """Dotted names that can be typed in a section, () being the top: its own keys and its sections."""
     if path[:2] == ("data", "tasks") and len(path) == 3:
         return [".".join((*path, name)) for name in TASK_KEYS]
@@ -91,7 +91,7 @@ def keys_of_section(path: Path) -> list[str]:
     return list(dict.fromkeys(name for name in names if "." not in name[len(prefix) :]))
 
 
-def nearest_keys(path: Path, options: tuple[str, ...]) -> list[str]:
+def nearest_keys(path: KeyPath, options: tuple[str, ...]) -> list[str]:
     """Dotted names that were probably meant, best first; several when sections share the name; none when none is near.
 
     options   further words that may be typed at the top, such as picks

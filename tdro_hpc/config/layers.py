@@ -1,23 +1,33 @@
 """Arguments in, all given values out, lowest precedence first (load.py states it). Finds and reads the picked files."""
 
 import difflib
-from pathlib import Path as FilePath
+import os
+from pathlib import Path
 
 import yaml
 
 from tdro_hpc.config.keys import GROUPS, PICKS
-from tdro_hpc.config.source import Entry, argument_entries, is_null, pick_entry, read_file, shown_path, value_of
+from tdro_hpc.config.source import (
+    Entry,
+    argument_entries,
+    is_null,
+    name_of,
+    pick_entry,
+    read_file,
+    shown_path,
+    value_of,
+)
 
 
-def configs_folders() -> list[FilePath]:
+def configs_folders() -> list[Path]:
     """Folders in which names are looked up: the current directory's, the repository's, the installed package's."""
-    package = FilePath(__file__).resolve().parents[1]
-    folders = (FilePath("configs"), package.parent / "configs", package / "configs")
+    package = Path(__file__).resolve().parents[1]
+    folders = (Path("configs"), package.parent / "configs", package / "configs")
     # Run from the repository, the first two are one folder.
     return list({folder.resolve(): folder for folder in reversed(folders) if folder.is_dir()}.values())[::-1]
 
 
-def layered_entries(pairs: list[tuple[str, str]], folders: list[FilePath], problems: list[str]) -> list[Entry]:
+def layered_entries(pairs: list[tuple[str, str]], folders: list[Path], problems: list[str]) -> list[Entry]:
     """Entries of all layers, lowest first.
 
     pairs      name and text of every argument
@@ -39,7 +49,7 @@ def layered_entries(pairs: list[tuple[str, str]], folders: list[FilePath], probl
     return entries
 
 
-def _picked_entries(picks: dict[str, Entry], folders: list[FilePath], problems: list[str]) -> list[Entry]:
+def _picked_entries(picks: dict[str, Entry], folders: list[Path], problems: list[str]) -> list[Entry]:
     """Entries of the picked files, the recipe's first, and the name of the recipe."""
     entries = []
     for group in sorted(picks, key=lambda group: group != "recipe"):
@@ -75,7 +85,7 @@ def _picks_in(entry: Entry, problems: list[str]) -> tuple[dict[str, Entry], bool
     elif isinstance(entry.node, yaml.MappingNode):
         file = entry.source.rpartition(":")[0]
         for key, value in entry.node.value:
-            names.append(str(key.value))
+            names.append(name_of(key))
             picks[names[-1]] = Entry((names[-1],), value, f"{file}:{key.start_mark.line + 1}")
     elif not is_null(entry.node):
         problems.append(
@@ -89,31 +99,31 @@ def _picks_in(entry: Entry, problems: list[str]) -> tuple[dict[str, Entry], bool
     return picks, isinstance(entry.node, yaml.MappingNode) and not entry.node.value
 
 
-def _file_entries(group: str, pick: Entry, folders: list[FilePath], problems: list[str]) -> list[Entry]:
+def _file_entries(group: str, pick: Entry, folders: list[Path], problems: list[str]) -> list[Entry]:
     """Entries of the file that a pick names."""
     name = str(value_of(pick.node, None) or "")
-    file: FilePath | None = FilePath(name)
-    if not (file and ("/" in name or file.suffix in (".yaml", ".yml")) and file.is_file()):
+    file: Path | None = Path(name)
+    if not (file and ("/" in name or file.suffix in (".yaml", ".yml")) and os.path.isfile(file)):
         stem = name.removesuffix(".yaml")
         places = [_named(folder, group) / f"{stem}.yaml" for folder in folders]
-        file = next((place for place in places if stem and place.is_file()), None)
+        file = next((place for place in places if stem and os.path.isfile(place)), None)
     if file is None:
         problems.append(_unknown_pick(group, name, pick, folders))
         return []
     return read_file(file, () if group in ("config", "recipe") else (group,), problems)
 
 
-def _named(folder: FilePath, group: str) -> FilePath:
+def _named(folder: Path, group: str) -> Path:
     return folder if group == "config" else folder / group
 
 
-def _unknown_pick(group: str, name: str, pick: Entry, folders: list[FilePath]) -> str:
+def _unknown_pick(group: str, name: str, pick: Entry, folders: list[Path]) -> str:
     """What is wrong with a pick that names no file, the names nearest to it, and what was perhaps meant instead."""
     places = " or ".join(shown_path(_named(folder, group)) for folder in folders) or "any folder of configs"
     what = f"{group}={name} {pick.place}: there is no file {name or '<name>'}.yaml in {places}."
-    if FilePath(name).is_dir() and name:
-        if group == "config" and (FilePath(name) / "config.yaml").is_file():
-            return f"{what} Type config={FilePath(name) / 'config.yaml'}."
+    if os.path.isdir(name):
+        if group == "config" and (Path(name) / "config.yaml").is_file():
+            return f"{what} Type config={Path(name) / 'config.yaml'}."
         if group == "data":
             return f"{what} For a folder of task files type data.dir={name}."
     if group == "model" and ("/" in name or ":" in name):

@@ -16,15 +16,16 @@ has keys of the top. A saved config holds every value and `use: {}`: no other fi
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tdro_hpc.atomic import write_text
 from tdro_hpc.config.checks import cross_problems
-from tdro_hpc.config.keys import PICKS, SECTIONS, Key, Path, default_text, is_section, is_task, key_of
+from tdro_hpc.config.keys import PICKS, SECTIONS, Key, KeyPath, default_text, is_section, is_task, key_of
 from tdro_hpc.config.layers import configs_folders, layered_entries
 from tdro_hpc.config.mistakes import section_with_value, special_text, unknown_key, wrong_type
 from tdro_hpc.config.schema import Config, DataConfig, ModelConfig, TaskConfig
@@ -52,7 +53,7 @@ class LoadedConfig:
 def load_config(
     arguments: list[str],
     *,
-    configs_dirs: Sequence[FilePath] | None = None,
+    configs_dirs: Sequence[Path] | None = None,
     call_options: tuple[str, ...] = (),
 ) -> LoadedConfig:
     """Config of a list of `key=value` and where its values came from.
@@ -73,9 +74,14 @@ def load_config(
     return LoadedConfig(config, {".".join(path): entry.source for path, entry in tree.given.items()})
 
 
-def save_config(config: Config, path: FilePath) -> None:
+def save_config(config: Config, path: Path) -> None:
     """Write every key of the config, atomically; `config=<path>` loads an equal one."""
-    write_text(FilePath(path), _SAVED_HEADER + OmegaConf.to_yaml(OmegaConf.structured(config)))
+    values = dataclasses.asdict(config)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if any(separator in text for separator in "\x85\u2028\u2029"):
+        # PyYAML writes these line separators as they are, but reads them as blanks.
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=False)
+    write_text(Path(path), _SAVED_HEADER + text)
 
 
 class _Tree:
@@ -84,10 +90,10 @@ class _Tree:
     def __init__(self, problems: list[str], words: tuple[str, ...]) -> None:
         self.problems = problems
         self.words = words  # may be typed at the top besides keys
-        self.given: dict[Path, Entry] = {}  # the entry that decided a key
+        self.given: dict[KeyPath, Entry] = {}  # the entry that decided a key
         self.broken: set[str] = set()  # top names with a mistake; no cross-section check looks at them
         self.tree = OmegaConf.structured(Config)
-        self.nodes: dict[Path, DictConfig] = {(): self.tree}  # sections met so far; a look-up in the tree is slow
+        self.nodes: dict[KeyPath, DictConfig] = {(): self.tree}  # sections met so far; a look-up in the tree is slow
         _unlock(self.tree)
 
     def set(self, entry: Entry) -> None:
@@ -123,7 +129,7 @@ class _Tree:
         self.problems.append(problem)
         self.broken.add(entry.path[0])
 
-    def _node(self, path: Path) -> DictConfig:
+    def _node(self, path: KeyPath) -> DictConfig:
         """The section at a path; a task is made when it is first spoken of."""
         if path not in self.nodes:
             parent = self._node(path[:-1])

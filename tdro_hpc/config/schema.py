@@ -295,13 +295,13 @@ class EvalConfig:
 
     dir: str = ""  # folder of test sets, each in BEIR layout; empty = the embedded ones where data.builder is set
     sets: str = ""  # names separated by commas; empty = all in eval.dir
-    models: str = "base,s0,s2"  # columns of the table: base, s0, s1, s2 (every s2 model), or folders
+    models: str = "base,s0,s2"  # columns of the table: base, bm25, s0, s1, s2 (all of s2), s2-<weights>, or folders
     instruction: str = "Given a query, retrieve passages that answer or match it"  # before test queries; empty = none
     query_max_tokens: int = 128
     passage_max_tokens: int = 512
     batch_tokens: int = 16384  # tokens of one encoded batch; texts are sorted by length
     top_k: int = 1000  # documents kept a query in the run file
-    search: str = "auto"  # auto = faiss where installed, else torch; faiss, torch
+    search: str = "auto"  # auto = torch on a GPU, else faiss where installed, else torch; faiss, torch
 
     def __post_init__(self) -> None:
         require(

@@ -5,12 +5,12 @@ Nothing here knows which values are right; a mistake of form (syntax, a key give
 
 import os
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tdro_hpc.config.keys import Key, Path, is_section, key_of, path_of
+from tdro_hpc.config.keys import Key, KeyPath, is_section, key_of, path_of
 
 COMMAND_LINE = "command line"
 _NULL = "tag:yaml.org,2002:null"
@@ -24,7 +24,7 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 class Entry:
     """One value that somebody gave."""
 
-    path: Path
+    path: KeyPath
     node: yaml.Node
     source: str  # configs/demo.yaml:14, or "command line"
 
@@ -34,7 +34,7 @@ class Entry:
         return f"on the {COMMAND_LINE}" if self.source == COMMAND_LINE else f"in {self.source}"
 
 
-def shown_path(path: FilePath) -> str:
+def shown_path(path: Path) -> str:
     """The path as a person would type it: relative where it lies below the current directory."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
@@ -54,7 +54,7 @@ def value_of(node: yaml.Node, key: Key | None) -> Any:
     if isinstance(node, yaml.SequenceNode):
         return [value_of(item, None) for item in node.value]
     if isinstance(node, yaml.MappingNode):
-        return {name.value: value_of(item, None) for name, item in node.value}
+        return {name_of(name): value_of(item, None) for name, item in node.value}
     if is_null(node):
         kind = key.kind if key else ""
         return {"str": None if key and key.optional else "", "list": []}.get(kind)
@@ -66,7 +66,10 @@ def read_arguments(arguments: list[str], problems: list[str]) -> list[tuple[str,
     pairs = []
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        if equals and name.strip():
+        if not argument.isprintable() and any("\ud800" <= character <= "\udfff" for character in argument):
+            shown = argument.encode("utf-8", "backslashreplace").decode()
+            problems.append(f"{shown} on the command line is not UTF-8. Type it in UTF-8, or rename the file.")
+        elif equals and name.strip():
             pairs.append((name.strip(), text.strip()))
         else:
             word = name.strip().lstrip("-") or "key"
@@ -85,7 +88,7 @@ def argument_entries(name: str, text: str) -> list[Entry]:
     return _entries(path, _argument_node(path, text), None, [])
 
 
-def _argument_node(path: Path, text: str) -> yaml.Node:
+def _argument_node(path: KeyPath, text: str) -> yaml.Node:
     key = key_of(path)
     verbatim = key is not None and key.kind == "str" and text[:1] not in ("'", '"', "[", "{")
     if not verbatim or text in ("null", "Null", "NULL", "~"):
@@ -97,7 +100,7 @@ def _argument_node(path: Path, text: str) -> yaml.Node:
     return yaml.ScalarNode(_TEXT, text)
 
 
-def read_file(file: FilePath, prefix: Path, problems: list[str]) -> list[Entry]:
+def read_file(file: Path, prefix: KeyPath, problems: list[str]) -> list[Entry]:
     """Entries of a YAML file in the order of its lines; `prefix` is the section that the file fills, () = all."""
     name = shown_path(file)
     try:
@@ -112,7 +115,7 @@ def read_file(file: FilePath, prefix: Path, problems: list[str]) -> list[Entry]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problems.append(f"{name} cannot be read: {error}. Save it as UTF-8 text that you may read.")
         return []
-    if root is None:
+    if root is None or root.value == []:
         return []
     if not isinstance(root, yaml.MappingNode):
         problems.append(f"{name}:1 holds no keys. Write one `key: value` a line.")
@@ -123,26 +126,26 @@ def read_file(file: FilePath, prefix: Path, problems: list[str]) -> list[Entry]:
 
 
 def _find_duplicates(entries: list[Entry], problems: list[str]) -> None:
-    first: dict[Path, Entry] = {}
+    first: dict[KeyPath, Entry] = {}
     for entry in entries:
         if entry.path in first:
             problems.append(_twice(entry.path, first[entry.path].source, entry.source))
         first.setdefault(entry.path, entry)
 
 
-def _twice(path: Path, first: str, second: str) -> str:
+def _twice(path: KeyPath, first: str, second: str) -> str:
     return f"{'.'.join(path)} is given twice: in {first} and in {second}. Delete one of the two."
 
 
-def _entries(path: Path, node: yaml.Node, file: str | None, problems: list[str], line: int = 1) -> list[Entry]:
+def _entries(path: KeyPath, node: yaml.Node, file: str | None, problems: list[str], line: int = 1) -> list[Entry]:
     """Entries below a node: sections are opened, anything else is one entry; file None = command line."""
     inside = isinstance(node, yaml.MappingNode) and (not path or is_section(path)) and bool(node.value)
     if not inside:
         return [Entry(path, node, COMMAND_LINE if file is None else f"{file}:{line}")]
     found: list[Entry] = []
-    lines: dict[Path, int] = {}
+    lines: dict[KeyPath, int] = {}
     for key_node, value_node in _pairs(node):
-        text = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+        text = name_of(key_node)
         # Only names of tasks may hold dots; elsewhere `s0.steps: 5` is `s0: {steps: 5}`.
         names = (text,) if path == ("data", "tasks") else tuple(text.split("."))
         below, at = (*path, *names), key_node.start_mark.line + 1
@@ -153,14 +156,19 @@ def _entries(path: Path, node: yaml.Node, file: str | None, problems: list[str],
     return found
 
 
+def name_of(key: yaml.Node) -> str:
+    """Name that a key node spells; YAML also allows lists as keys, which no schema knows."""
+    return key.value if isinstance(key, yaml.ScalarNode) else "?"
+
+
 def _pairs(node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
     """Key and value nodes of a mapping, with `<<: *anchor` put in; the mapping's own keys win."""
     own = [pair for pair in node.value if pair[0].tag != _MERGE]
-    names = {key.value for key, _ in own}
+    names = {name_of(key) for key, _ in own}
     merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
     for key, value in node.value:
         if key.tag == _MERGE:
             for mapping in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 for inner in _pairs(mapping) if isinstance(mapping, yaml.MappingNode) else []:
-                    merged.setdefault(inner[0].value, inner)
+                    merged.setdefault(name_of(inner[0]), inner)
     return [pair for name, pair in merged.items() if name not in names] + own

@@ -44,6 +44,11 @@ def problems_of(*arguments: str) -> list[str]:
             "s1.top_percents=20,30,40,50,60,70,80,90,65",
         ),
         (["eval.models=base,s3"], "eval.models @ holds 's3'", "eval.models=./s3"),
+        (
+            ["eval.models=base,s2-ema"],
+            "eval.models @ holds 's2-ema'; it may hold base, bm25, s0, s1, s2, s2-curr",
+            "s2.weights=curr,ema",
+        ),
         (["eval.models="], "eval.models @ is empty", "eval.models=base,s0,s2"),
         (
             ["data.tasks.a.negatives=group", "s0.passages_per_query=1"],
@@ -66,7 +71,7 @@ def test_values_that_only_look_odd_are_accepted():
             "s0.weights=temperature:.5",
             "s1.weights=runs/x/curr.json",
             "s2.weights=my.json,top20,ema",
-            "eval.models=base,/some/folder,runs/x/s0",
+            "eval.models=base,bm25,s2-ema,s2-my,/some/folder,runs/x/s0",
             "model.name=tiny:bert",
             "stages=[s2-curr,eval]",
             "cluster.ranks_per_node=4",

@@ -123,9 +123,9 @@ def test_tasks_left_to_their_own_negatives_are_counted_among_the_chosen_ones():
     tasks = {name: TaskConfig(negatives="group") for name in ("a", "b", "c")} | {"d": TaskConfig()}
     config = Config(data=DataConfig(tasks=tasks, only="a,c,d"))
     training = TrainingConfig(passages_per_query=3)
-    assert negatives_equation(config, training, 1).endswith("; 2 own ones for 2 tasks with negatives: group")
+    assert negatives_equation(config, training, 1).endswith("; 2 of its own in 2 tasks with negatives: group")
     alone = dataclasses.replace(training, negatives="group")
-    assert "for 2 tasks" not in negatives_equation(config, alone, 1)
+    assert "in 2 tasks" not in negatives_equation(config, alone, 1)
 
 
 def test_gradient_cache_says_how_much_is_embedded_at_a_time():
@@ -165,4 +165,6 @@ def test_disk_of_models_whose_size_is_not_known():
 
 def test_models_of_the_table():
     config = Config(s2=S2Config(weights="curr,top70"), eval=EvalConfig(models="base,s0,s2,/my/model"))
-    assert plan_lines(config, "eval") == ["models 5 = base + s0 + 2 of s2 (curr, top70) + /my/model"]
+    assert plan_lines(config, "eval") == ["models 5 = base + s0 + s2-curr + s2-top70 + /my/model"]
+    twice = Config(s2=S2Config(weights="curr,runs/x/own.json"), eval=EvalConfig(models="s2-curr,s2,bm25"))
+    assert plan_lines(twice, "eval") == ["models 3 = s2-curr + s2-own + bm25"]

@@ -1,9 +1,13 @@
 import dataclasses
 import subprocess
 import sys
+import tempfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from tdro_hpc.config.load import ConfigError, load_config, save_config
 from tdro_hpc.config.schema import Config, LoraConfig, ModelConfig, S2Config, TaskConfig
@@ -191,6 +195,23 @@ def test_saved_config_loads_to_an_equal_one_without_any_other_file(tmp_path, con
     assert [file.name for file in path.parent.iterdir()] == ["config.yaml"]
     for field in dataclasses.fields(Config):
         assert f"\n{field.name}:" in path.read_text()
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), min_size=1),
+        st.lists(st.text(st.characters(codec="utf-8"))),
+        max_size=3,
+    )
+)
+@settings(max_examples=30, deadline=None)
+def test_any_task_name_and_any_text_survives_saving(texts):
+    assume(not any("${" in text or text == "???" or text.startswith("~/") for text in chain(texts, *texts.values())))
+    tasks = {name: TaskConfig(instructions=values) for name, values in texts.items()}
+    config = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, tasks=tasks))
+    with tempfile.TemporaryDirectory() as folder:
+        save_config(config, Path(folder) / "c.yaml")
+        assert load_config([f"config={folder}/c.yaml"], configs_dirs=[]).config == config
 
 
 def test_saved_config_takes_changes_and_picks(tmp_path):

@@ -197,6 +197,20 @@ def test_file_that_is_not_text_is_refused(tmp_path, monkeypatch):
     assert problem.startswith("configs/mine.yaml cannot be read: ") and "Save it as UTF-8" in problem
 
 
+@pytest.mark.parametrize(
+    "text", ["? [a]\n: 1\n", "? {a: 1}\n", "use: {? [a]: b}\n", "s0: {? [a]: b}\n", "<<: {? [a]: b}\n"]
+)
+def test_keys_that_are_no_names_are_unknown_keys(tmp_path, monkeypatch, text):
+    (problem,) = problems_of(["config=mine"], in_folder(tmp_path, monkeypatch, mine=text))
+    assert problem.startswith("Unknown ") and "in configs/mine.yaml:1" in problem
+
+
+def test_arguments_that_no_file_system_or_terminal_knows_are_mistakes_too():
+    pick, undecoded = problems_of([f"model={'9' * 400}", "name=\udcff"], None)[::-1]
+    assert undecoded == "name=\\udcff on the command line is not UTF-8. Type it in UTF-8, or rename the file."
+    assert pick.startswith("model=999")
+
+
 def test_unknown_pick_lists_the_nearest_names_and_what_was_perhaps_meant(tmp_path, monkeypatch):
     folder = in_folder(tmp_path, monkeypatch, model__minilm="", model__mistral="", data__news="", demo="")
     (tmp_path / "rows").mkdir()
