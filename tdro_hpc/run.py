@@ -9,14 +9,12 @@ call, 3 = stopped and saved, the same line continues.
 
 import contextlib
 import ctypes
-import hashlib
 import importlib
 import logging
 import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -26,6 +24,7 @@ from typing import Any, NoReturn
 
 from tdro_hpc.config.load import load_config
 from tdro_hpc.config.schema import Config
+from tdro_hpc.launch.executor import rendezvous_file
 from tdro_hpc.launch.jobs import (
     append_event,
     append_start,
@@ -150,9 +149,6 @@ def run_rank(
             print(stop)
         end_process()
         return "stopped"
-    finally:
-        if place.rank == 0 and place.rendezvous.startswith("file://"):
-            Path(place.rendezvous.removeprefix("file://")).unlink(missing_ok=True)
     if place.rank == 0:
         _finish(config, stage, stage_dir, place, keys=keys, inputs=inputs, code=code, began=began)
     return "done"
@@ -250,10 +246,7 @@ def _rendezvous_of(environment: Any) -> str:
         return ""
     if environment.num_nodes > 1:
         return f"tcp://{environment.hostnames[0]}:{20000 + int(environment.raw_job_id) % 10000}"
-    # Not in the run directory, whose file system may have no locks. Unique: process ids and paths come again.
-    pickle = environment.paths.submitted_pickle
-    unique = hashlib.sha256(f"{pickle} {pickle.stat().st_mtime_ns}".encode()).hexdigest()[:16]
-    return f"file://{tempfile.gettempdir()}/tdro-hpc-{unique}"
+    return f"file://{rendezvous_file(environment.paths.submitted_pickle)}"
 
 
 def _write_to(log: Path) -> None:

@@ -1,10 +1,12 @@
 """Starts the job of one stage through submitit, says which lines would do the same, and asks a job to stop."""
 
+import hashlib
 import os
 import shlex
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,6 +60,15 @@ def job_script(stage_dir: Path, *, ranks: int, threads: int) -> str:
         "done",
     ]
     return "\n".join([*lines, _WAIT_FOR_RANKS])
+
+
+def rendezvous_file(pickle: Path) -> Path:
+    """Where the ranks of a job on one machine find each other; `pickle` is what submitit pickled for it.
+
+    Not in the run directory, whose file system may have no locks. Unique: process ids and paths come again.
+    """
+    unique = hashlib.sha256(f"{pickle} {pickle.stat().st_mtime_ns}".encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"tdro-hpc-{unique}")
 
 
 def submit_stage(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from submitit.local.local import Controller
 
+from tdro_hpc.launch.executor import rendezvous_file
 from tdro_hpc.launch.jobs import HEARTBEAT, HEARTBEAT_SECONDS, append_event, end_group
 from tdro_hpc.launch.record import DONE, FAILED, write_failed
 
@@ -84,6 +85,9 @@ class Supervisor(Controller):
         codes = self.wait()
         # Loader processes of a rank that was killed notice it late, or never.
         end_group(os.getpid())
+        pickle = self.folder / f"{self.pid}_submitted.pkl"
+        if pickle.exists():
+            rendezvous_file(pickle).unlink(missing_ok=True)
         for file in [*self.stdouts, *self.stderrs]:
             file.close()
         append_event(self.stage_dir, "end", job=self.pid, exit_codes=list(codes))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tdro_hpc.config.load import load_config, save_config
+from tdro_hpc.launch.executor import rendezvous_file
 from tests.launch.front_door import (
     ROOT,
     finish,
@@ -57,6 +58,8 @@ def test_chain_on_two_ranks_leaves_what_the_run_directory_promises(finished):
         assert (folder / "log" / "rank0.log").read_text().count("begins after step 0") == 1
         assert "rank 1 of 2" in (folder / "log" / "rank1.log").read_text()
         assert job_rows(runs_dir, stage, "end")[0]["exit_codes"] == [0, 0]
+        (pickle,) = folder.glob("log/attempt-1/*_submitted.pkl")
+        assert not rendezvous_file(pickle).exists()
     assert {"config.yaml", "plan.json"} <= {path.name for path in (runs_dir / "demo").iterdir()}
     # Not a terminal: the lines of rank 0 come through, in order, without control characters.
     assert said.index("s0 step 4/4") < said.index("s1 step 1/4") and "\r" not in said and "\x1b" not in said
