@@ -21,7 +21,7 @@ from tdro_hpc.encoders.lora import add_lora, load_lora, parameter_counts
 from tdro_hpc.encoders.packing import build_packing
 from tdro_hpc.encoders.pooling import pool, pool_packed, require_real_tokens
 from tdro_hpc.encoders.saving import save_encoder, saved_model_config
-from tdro_hpc.encoders.sources import model_location, tiny_architecture
+from tdro_hpc.encoders.sources import WEIGHT_FILES, downloaded_copy, model_location, tiny_architecture
 from tdro_hpc.encoders.tiny import tiny_backbone
 
 __all__ = ["Encoder", "load_encoder", "parameter_counts", "save_encoder", "saved_model_config"]
@@ -90,9 +90,7 @@ class Encoder(nn.Module):
             return self.backbone(**inputs).last_hidden_state
 
 
-def load_encoder(
-    config: ModelConfig, *, folder: Path | None = None, device: torch.device | str, seed: int
-) -> Encoder:
+def load_encoder(config: ModelConfig, *, folder: Path | None = None, device: torch.device | str, seed: int) -> Encoder:
     """Encoder on `device`, in evaluation mode.
 
     config  names the backbone and says how it runs
@@ -157,22 +155,21 @@ def _load_backbone(config: ModelConfig, saved_weights: Path | None, attention: s
 
 
 def _from_pretrained(source: str, config: ModelConfig, **options: Any) -> Any:
-    """AutoModel.from_pretrained, first from what is on this machine, then from the hub.
-
-    So all stages of a run use the same download, and a compute node without network does not wait for the hub.
-    """
+    """AutoModel.from_pretrained, from a download that is already on this machine where there is one."""
     from transformers import AutoModel
 
-    options |= {"trust_remote_code": config.trust_remote_code, "output_loading_info": True}
-    if config.revision and not Path(source).is_dir():
-        options["revision"] = config.revision
+    options = options | {"trust_remote_code": config.trust_remote_code, "output_loading_info": True}
+    on_hub = not Path(source).is_dir()
+    copy = downloaded_copy(source, config.revision, needs=WEIGHT_FILES) if on_hub else None
+    revision = {"revision": config.revision} if on_hub and config.revision else {}
     try:
         try:
-            backbone, report = AutoModel.from_pretrained(source, local_files_only=True, **options)
+            backbone, report = AutoModel.from_pretrained(copy or source, **options, **({} if copy else revision))
         except OSError:
-            if Path(source).is_dir():
+            if copy is None:
                 raise
-            backbone, report = AutoModel.from_pretrained(source, **options)
+            # An interrupted download: the hub has the rest.
+            backbone, report = AutoModel.from_pretrained(source, **options, **revision)
     except (OSError, ValueError) as error:
         raise ValueError(_not_loaded(source, config, error)) from error
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)

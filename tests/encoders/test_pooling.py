@@ -34,7 +34,7 @@ def test_what_stands_at_padding_changes_neither_vectors_nor_gradients(pooling):
     vectors = pool(hidden, RIGHT, pooling)
     assert_close(vectors, pool(HIDDEN, RIGHT, pooling), rtol=0, atol=0)
     vectors.sum().backward()
-    assert hidden.grad[0, 3].tolist() == [0, 0]
+    assert hidden.grad is not None and hidden.grad[0, 3].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
