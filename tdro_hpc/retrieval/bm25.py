@@ -4,6 +4,7 @@ Scores come from bm25s (the formula of Lucene, k1 0.9, b 0.4). This file only sp
 position and leaves out what must not be a negative. It never reads a file.
 """
 
+import logging
 import random
 import re
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ def search_bm25(corpus: Sequence[str], queries: Sequence[str], top_k: int) -> tu
     if not corpus:
         raise ValueError("BM25 got an empty corpus; it needs at least one document.")
     top_k = min(top_k, len(corpus))
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it switches its debug lines on
     # Word ids in order of first use: left to itself the library numbers them in the order of a set.
     vocabulary: dict[str, int] = {}
     word_ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in split_words(text)] for text in corpus]

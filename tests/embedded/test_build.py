@@ -75,7 +75,7 @@ def test_no_training_text_gives_a_test_text_away(built: Built):
     protected = []
     for name in facts["test_sets"]:
         base = folder / "test" / name
-        documents = dict(json.loads(line).values() for line in [])
+        documents: dict[str, str] = {}
         for line in (base / "corpus.jsonl").read_text("utf-8").splitlines():
             row = json.loads(line)
             documents[row["_id"]] = row["text"]

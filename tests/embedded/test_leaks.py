@@ -11,10 +11,10 @@ def test_filter_agrees_with_sets_on_texts_around_the_threshold():
     guard = LeakFilter(protected)
     verdicts = []
     for _ in range(400):
-        text = list(draws.choice(protected))
+        characters = list(draws.choice(protected))
         for _ in range(draws.randint(0, 6)):
-            text[draws.randrange(len(text))] = draws.choice("abc ")
-        text = "".join(text)
+            characters[draws.randrange(len(characters))] = draws.choice("abc ")
+        text = "".join(characters)
         assert guard.leaks(text) == is_leak(text, protected), text
         verdicts.append(guard.leaks(text))
     assert 50 < sum(verdicts) < 350  # both answers were tried

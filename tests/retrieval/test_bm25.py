@@ -1,3 +1,4 @@
+import logging
 import math
 import random
 import subprocess
@@ -128,6 +129,13 @@ def test_ranks_do_not_depend_on_the_hash_seed_of_the_process():
         for seed in ("1", "2")
     }
     assert len(outputs) == 1
+
+
+def test_search_prints_and_logs_nothing(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]):
+    caplog.set_level(logging.DEBUG)
+    search_bm25(ANIMALS, ["fox"], top_k=2)
+    assert not [record for record in caplog.records if record.name.startswith("bm25s")]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_ids_and_scores_have_the_promised_types():
