@@ -144,9 +144,7 @@ def _keep_or_clear(folder: Path, identity: dict[str, Any], say: Callable[[str], 
     write_json(folder / "manifest.json", identity)
 
 
-def _encode_part(
-    texts: Texts, rows: np.ndarray, model: TextModel, path: Path, side: Side, run: EncodingRun
-) -> None:
+def _encode_part(texts: Texts, rows: np.ndarray, model: TextModel, path: Path, side: Side, run: EncodingRun) -> None:
     """Encode one part block by block from where it stands; comes back early when a stop was asked for."""
     note = path.with_suffix(".json")
     done = int(read_note(note).get("rows_done", 0)) if path.is_file() else 0

@@ -28,9 +28,7 @@ class Hits:
     scores: np.ndarray  # float32 [queries, k], inner products
 
 
-def search_exact(
-    queries: np.ndarray, documents: Embeddings, *, top_k: int, backend: str, device: torch.device
-) -> Hits:
+def search_exact(queries: np.ndarray, documents: Embeddings, *, top_k: int, backend: str, device: torch.device) -> Hits:
     """The `top_k` documents with the largest inner product, or all where there are fewer.
 
     queries  [queries, width] float32       documents  [documents, width] float32, read in blocks
@@ -88,9 +86,7 @@ def _candidates(
     return best_scores, best, largest
 
 
-def _ordered(
-    query: np.ndarray, found: np.ndarray, documents: Embeddings, top_k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _ordered(query: np.ndarray, found: np.ndarray, documents: Embeddings, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """The best `top_k` of some documents, by scores summed in float64 and rounded once, then by document order."""
     numbers = np.sort(found)
     # Row by row, not a matrix product: its sums run in an order that depends on the shape of the block.

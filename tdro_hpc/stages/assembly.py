@@ -102,7 +102,7 @@ def assemble(
     sizes = [len(task) for task in tasks.values()]
     mixture = Mixture(
         sizes,
-        weights_of(weights, list(tasks), sizes),
+        weights_of(weights, list(tasks), sizes).tolist(),
         rows_per_micro_step=training.queries_per_rank * process.data_size,
         micro_steps=training.accumulation_steps,
         batching=training.batching,

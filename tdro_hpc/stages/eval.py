@@ -100,7 +100,8 @@ def rankers_of(config: Config, run_dir: Path) -> list[Ranker]:
         else:
             near = get_close_matches(name, ["base", BM25, "s2", *stages], n=1)
             raise ValueError(
-                f"eval.models has {name!r}, which is no folder. " + (f"Did you mean {near[0]}? " if near else "")
+                f"eval.models has {name!r}, which is no folder. "
+                + (f"Did you mean {near[0]}? " if near else "")
                 + f"It takes base, s2, {', '.join(stages)}, {BM25}, and folders of saved models, separated by commas."
             )
     for label, place in found.items():

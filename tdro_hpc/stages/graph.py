@@ -52,6 +52,5 @@ def _files(weights: str) -> tuple[str, ...]:
 def _evaluated(config: Config) -> tuple[str, ...]:
     models = [model.strip() for model in config.eval.models.split(",")]
     names: list[str] = [name for name in ("s0", "s1") if name in models]
-    if "s2" in models:
-        names += [f"s2-{variant_label(choice)}" for choice in s2_variants(config)]
-    return tuple(names)
+    variants = [f"s2-{variant_label(choice)}" for choice in s2_variants(config)]
+    return tuple(names + [name for name in variants if "s2" in models or name in models])

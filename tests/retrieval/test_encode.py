@@ -85,8 +85,10 @@ def run_of(tmp_path, *, stop=None, rank=0, size=1, batch_tokens=256, lines=None,
 
 
 def expected(texts, side=QUERIES):
-    tokens = [WordTokenizer().encode([with_instruction(text, side.instruction)], max_tokens=side.max_tokens)
-              for text in texts.texts]
+    tokens = [
+        WordTokenizer().encode([with_instruction(text, side.instruction)], max_tokens=side.max_tokens)
+        for text in texts.texts
+    ]
     return np.concatenate([Model()(one).numpy() for one in tokens])
 
 
