@@ -297,6 +297,7 @@ class EvalConfig:
     sets: str = ""  # names separated by commas; empty = all in eval.dir
     models: str = "base,s0,s2"  # columns of the table: base, bm25, s0, s1, s2 (all of s2), s2-<weights>, or folders
     instruction: str = "Given a query, retrieve passages that answer or match it"  # before test queries; empty = none
+    base_instruction: str = ""  # the same for `base`, which no stage has trained with instructions
     query_max_tokens: int = 128
     passage_max_tokens: int = 512
     batch_tokens: int = 16384  # tokens of one encoded batch; texts are sorted by length

@@ -191,7 +191,7 @@ def _score_model(evaluation: Evaluation, ranker: Ranker) -> None:
     }
     model = TextModel(encoder, tokenizer, encoder.width, identity)
     for collection in evaluation.sets:
-        sides = sides_of(config.eval, collection.options)
+        sides = sides_of(config.eval, collection.options, trained=ranker.folder is not None)
         key = {
             **identity,
             "set": collection.fingerprint,
@@ -210,9 +210,15 @@ def _score_model(evaluation: Evaluation, ranker: Ranker) -> None:
         torch.cuda.empty_cache()  # the next model may be as large
 
 
-def sides_of(config: EvalConfig, options: SetOptions) -> tuple[Side, Side]:
-    """How documents and queries of a test set are encoded, in this order."""
-    instruction = config.instruction if options.instruction is None else options.instruction
+def sides_of(config: EvalConfig, options: SetOptions, *, trained: bool) -> tuple[Side, Side]:
+    """How documents and queries of a test set are encoded, in this order.
+
+    trained  false for the base model: a prompt that it never saw in training only harms it
+    """
+    if not trained:
+        instruction = config.base_instruction
+    else:
+        instruction = config.instruction if options.instruction is None else options.instruction
     before_documents = instruction if options.symmetric else ""
     return (
         Side("documents", before_documents, config.passage_max_tokens),

@@ -94,14 +94,12 @@ def test_every_model_and_set_is_in_the_table_and_in_run_files(place):
 
 
 def test_run_file_equals_vectors_computed_one_by_one(place):
-    config = config_of(place, models="base", sets="fruit")
+    config = config_of(place, models="base", sets="fruit", base_instruction="Find the word")
     evaluate(config, place)
     encoder, tokenizer = load_encoder(TINY, device="cpu", seed=1), load_tokenizer(TINY)
     rows = [json.loads(line) for line in (place / "sets/fruit/corpus.jsonl").read_text().splitlines()]
     with torch.no_grad():
-        query = encoder(
-            tokenizer.encode([f"Instruct: {config.eval.instruction}\nQuery: what is a {WORDS[0]}"], max_tokens=32)
-        )
+        query = encoder(tokenizer.encode([f"Instruct: Find the word\nQuery: what is a {WORDS[0]}"], max_tokens=32))
         documents = [encoder(tokenizer.encode([f"{r['title']} {r['text']}".strip()], max_tokens=512)) for r in rows]
     expected = sorted(((float(query @ each.T), row) for row, each in enumerate(documents)), reverse=True)
     lines = (place / "run/eval/out/scores/runs/base/fruit.trec").read_text().splitlines()[:8]
@@ -120,7 +118,7 @@ def test_finished_scores_are_reused_until_weights_sets_or_settings_change(place,
     evaluate(config, place)
     assert seen == []  # new judgements: scored again from the vectors that are there
     evaluate(config_of(place, models="base,s0", instruction=""), place)
-    assert sum(seen) == 2 * 2 * 8  # queries of both models and sets; documents carry no instruction
+    assert sum(seen) == 2 * 8  # queries of s0 on both sets; documents and the base model carry no instruction
     seen.clear()
     (place / "run/s0/out/model/model.safetensors").unlink()
     save_encoder(load_encoder(TINY, device="cpu", seed=1), load_tokenizer(TINY), place / "run/s0/out/model")
@@ -159,14 +157,19 @@ def test_a_stop_leaves_what_is_done_and_the_next_call_ends_alike(place, monkeypa
 
 def test_tests_yaml_sets_instruction_and_symmetry_by_set(place):
     config = EvalConfig(instruction="Find it", query_max_tokens=32, passage_max_tokens=64)
-    documents, queries = sides_of(config, SetOptions())
+    documents, queries = sides_of(config, SetOptions(), trained=True)
     assert (documents.instruction, documents.max_tokens) == ("", 64)
     assert (queries.instruction, queries.max_tokens) == ("Find it", 32)
-    assert [side.instruction for side in sides_of(config, SetOptions("Same?", True))] == ["Same?", "Same?"]
-    assert [side.instruction for side in sides_of(config, SetOptions(""))] == ["", ""]
+    assert [side.instruction for side in sides_of(config, SetOptions("Same?", True), trained=True)] == [
+        "Same?",
+        "Same?",
+    ]
+    assert [side.instruction for side in sides_of(config, SetOptions(""), trained=True)] == ["", ""]
+    # The base model has never seen a prompt.
+    assert [side.instruction for side in sides_of(config, SetOptions("Same?", True), trained=False)] == ["", ""]
     (place / "sets/tests.yaml").write_text("fruit: {instruction: 'Same?', symmetric: true}\n")
-    evaluate(config_of(place, models="base"), place)
-    manifest = place / "run/eval/embeddings/base"
+    evaluate(config_of(place, models="s0"), place)
+    manifest = place / "run/eval/embeddings/s0"
     assert json.loads((manifest / "fruit/documents/manifest.json").read_text())["instruction"] == "Same?"
     assert json.loads((manifest / "music/documents/manifest.json").read_text())["instruction"] == ""
     (place / "sets/tests.yaml").write_text("froot: {symmetric: true}\n")
