@@ -125,7 +125,7 @@ def run_rank(
     _set_environment(config, place)
     _set_logging(place)
     # torch is imported here at the earliest, after its environment is set.
-    from tdro_hpc.parallel.process import end_process, start_process
+    from tdro_hpc.parallel.process import end_process, start_process, wait_for_all
     from tdro_hpc.training.stop import Stopped, install_stop_handlers
 
     flag = install_stop_handlers()
@@ -142,6 +142,10 @@ def run_rank(
             local_world=place.local_world,
         )
         run(config, stage, run_dir, process)
+        if place.rank == 0:
+            _finish(config, stage, stage_dir, place, keys=keys, inputs=inputs, code=code, began=began)
+        # DONE.json is written before any rank leaves: what goes wrong while the group is taken down costs nothing.
+        wait_for_all()
         end_process()
     except Stopped as stop:
         if place.rank == 0:
@@ -149,8 +153,6 @@ def run_rank(
             print(stop)
         end_process()
         return "stopped"
-    if place.rank == 0:
-        _finish(config, stage, stage_dir, place, keys=keys, inputs=inputs, code=code, began=began)
     return "done"
 
 

@@ -120,7 +120,8 @@ class KeyedFile:
 
 def build_keys(path: Path, folder: Path, *, key_of: Callable[[bytes], str]) -> None:
     """Write hashes.npy and places.npy of a plain file into `folder`; ValueError names a line without a key."""
-    logger.info("indexing the ids of %s (%.1f MB)", path, path.stat().st_size / 1e6)
+    say = logger.info if path.stat().st_size > 50_000_000 else logger.debug  # what takes no time needs no line
+    say("indexing the ids of %s (%.1f MB)", path, path.stat().st_size / 1e6)
     parts = [np.zeros((0, 3), np.int64)]
     previous = None
     for block, offset, starts, ends, first_line in line_blocks(path):

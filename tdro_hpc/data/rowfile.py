@@ -153,7 +153,8 @@ def line_at(path: Path, offset: int) -> int:
 
 def build_index(path: Path, folder: Path, *, check: Check | None) -> None:
     """Write offsets.npy (int64 [rows, 2]) and facts.json of a plain file into `folder`."""
-    logger.info("indexing %s (%.1f MB)", path, path.stat().st_size / 1e6)
+    say = logger.info if path.stat().st_size > 50_000_000 else logger.debug  # what takes no time needs no line
+    say("indexing %s (%.1f MB)", path, path.stat().st_size / 1e6)
     parts = [np.zeros((0, 2), np.int64)]
     skipped: list[int] = []
     first_problem = ""

@@ -94,7 +94,8 @@ def read_state(stage_dir: Path, *, keys_now: Mapping[str, Any] | None = None) ->
         steps=steps,
         seconds=seconds_spent(rows_of_this_making(rows)),
     )
-    if running_job(stage_dir) is not None:
+    # DONE.json is put aside before a stage is made again, so beside a live job it is that job's own.
+    if running_job(stage_dir) is not None and not (stage_dir / DONE).exists():
         return _with(state, status="running")
     done = read_json(stage_dir / DONE)
     if done is not None:

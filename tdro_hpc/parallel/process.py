@@ -3,6 +3,7 @@
 The process group is torch's default one: every rank of it is a data rank.
 """
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -99,6 +100,9 @@ def _usable_cores() -> int:
 def end_process() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():
+        # Data-parallel wrappers sit in reference cycles and hold the group: what is left of it when the interpreter ends
+        # takes its threads down in an order that now and then aborts the process.
+        gc.collect()
         dist.destroy_process_group()
 
 

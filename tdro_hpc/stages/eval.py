@@ -303,7 +303,6 @@ def _write_tables(evaluation: Evaluation, labels: list[str]) -> None:
     table = build_scores(scores, facts, baseline=baseline, seed=evaluation.config.seed)
     write_json(evaluation.scores_dir / "scores.json", table)
     write_text(evaluation.stage_dir / "out" / "table.txt", format_table(table))
-    evaluation.encoding.progress.say(format_table(table))
 
 
 def _load_scores(evaluation: Evaluation, label: str, collection: Collection) -> SetScores:

@@ -142,7 +142,7 @@ def _summary(training: Training, weights: TaskWeights) -> str:
     uniform = 1 / len(current)
     width = max(len(name) for name in current)
     lines = [
-        f"What the weights say: share of each task after {weights.updates} updates ({training.config.s1.measurement}); "
+        f"Share of each task after {weights.updates} updates ({training.config.s1.measurement}); "
         f"uniform would be {uniform:.3f}.",
         f"{'task':{width}}  share  x uniform  proxy loss  reference loss",
     ]
@@ -155,7 +155,7 @@ def _summary(training: Training, weights: TaskWeights) -> str:
     more = [name for name in current if current[name] > 1.1 * uniform]
     less = [name for name in current if current[name] < 0.9 * uniform]
     lines.append(
-        f"{len(more)} of {len(current)} tasks gained more than a tenth over uniform and {len(less)} lost as much: the "
-        "proxy trails the reference most on the first ones, so s2 draws them more often."
+        f"{len(more)} of {len(current)} tasks gained more than a tenth over uniform and {len(less)} lost as much:\n"
+        "the proxy trails the reference most on the first ones, so s2 draws them more often."
     )
     return "\n".join(lines) + "\n"

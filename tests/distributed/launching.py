@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+TEARDOWN = "terminate called without an active exception"
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
@@ -38,4 +39,10 @@ def wait_for_ranks(ranks: list[subprocess.Popen], folder: Path, *, seconds: floa
 
 def run_ranks(script: str, folder: Path, world: int, words: list[str]) -> None:
     """Start the ranks and wait until all have ended well."""
-    wait_for_ranks(start_ranks(script, folder, world, words), folder)
+    try:
+        wait_for_ranks(start_ranks(script, folder, world, words), folder)
+    except AssertionError as error:
+        # gloo's threads abort a process now and then while it ends, after all its work: seen once in some 70 launches.
+        if TEARDOWN not in str(error) or "Traceback" in str(error):
+            raise
+        wait_for_ranks(start_ranks(script, folder, world, words), folder)
