@@ -6,8 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from tdro_hpc.submit import parse_call
+from tdro_hpc.submit import main, parse_call
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,3 +51,25 @@ def test_command_parses(line: str):
 
 def test_readme_has_commands():
     assert len(submit_lines()) >= 3
+
+
+@pytest.mark.parametrize("line", [line for line in submit_lines() if "config=demo" in line and "stage=" in line])
+def test_line_of_the_demo_makes_a_plan(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = shlex.split(line)[3:]
+    words = [word for word in words if not word.startswith(("dry_run=", "check="))]
+    assert main([*words, "dry_run=true", f"runs_dir={tmp_path}"]) == 0
+    assert "run   " in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "s1.md"], ids=["README.md", "s1.md"])
+def test_python_in_the_docs_runs(page: Path):
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    given = {
+        "task_names": ["msmarco", "nq"],
+        "losses": torch.tensor([2.0, 1.0]),
+        "reference_losses": torch.tensor([1.0, 1.0]),
+        "task_ids": torch.tensor([0, 1]),
+    }
+    exec(code, given)
+    assert given["weights"].current["msmarco"] > 0.5

@@ -100,8 +100,8 @@ def _usable_cores() -> int:
 def end_process() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():
-        # Data-parallel wrappers sit in reference cycles and hold the group: what is left of it when the interpreter ends
-        # takes its threads down in an order that now and then aborts the process.
+        # Data-parallel wrappers sit in reference cycles and hold the group: what is left of it when the
+        # interpreter ends takes its threads down in an order that now and then aborts the process.
         gc.collect()
         dist.destroy_process_group()
 
