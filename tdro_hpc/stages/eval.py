@@ -1,6 +1,7 @@
 """Retrieval quality of the models of a run on test sets: encode, search, score, compare.
 
-What is finished is kept: vectors under eval/embeddings, scores of each model and test set under eval/out/scores.
+What is finished is kept: scores of each model and test set under eval/out/scores, and vectors in embeddings beside the
+stages, where they outlive an evaluation that is made again, with another model say.
 """
 
 import dataclasses
@@ -58,6 +59,11 @@ class Evaluation:
     @property
     def scores_dir(self) -> Path:
         return self.stage_dir / "out" / "scores"
+
+    @property
+    def embeddings_dir(self) -> Path:
+        # Not in the folder of the stage: that is emptied when the stage is made again.
+        return self.stage_dir.parent / "embeddings"
 
 
 def run(config: Config, stage: Stage, run_dir: Path, process: Process) -> None:
@@ -232,7 +238,7 @@ def _search(
     """Ranks of every query, as a function for the first rank to call: each rank searches its share of the queries."""
     config, process = evaluation.config.eval, evaluation.process
     evaluation.encoding.progress.label = f"{label} on {collection.name}"
-    folder = evaluation.stage_dir / "embeddings" / label / collection.name
+    folder = evaluation.embeddings_dir / label / collection.name
     documents = encode_texts(collection.documents, model, folder / "documents", sides[0], evaluation.encoding)
     queries = encode_texts(collection.queries, model, folder / "queries", sides[1], evaluation.encoding)
     shares = np.array_split(np.arange(queries.num_rows), process.data_size)

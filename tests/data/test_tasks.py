@@ -1,6 +1,5 @@
 import gzip
 import logging
-import os
 import pickle
 import subprocess
 import sys
@@ -11,9 +10,10 @@ import pytest
 from tdro_hpc.config.schema import DataConfig, TaskConfig
 from tdro_hpc.data.formats import CONVERTERS
 from tdro_hpc.data.tasks import describe_tasks, open_tasks
+from tests.reference.real_data import real_data
 
 ROOT = Path(__file__).parents[2]
-REAL_DATA = Path(os.environ.get("TDRO_SHARED", ROOT.parent / "shared")) / "data"
+REAL_DATA = real_data()
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_tasks_need_no_torch():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no real data on this machine")
+@pytest.mark.skipif(REAL_DATA is None, reason="no real data here; TDRO_TEST_DATA names its folder")
 def test_real_tasks_and_test_sets_open_and_every_row_converts(tmp_path):
     train = open_tasks(DataConfig(dir=str(REAL_DATA / "train"), cache_dir=str(tmp_path), only="OCNLI,agnews"))
     assert {name: len(task) for name, task in train.items()} == {"OCNLI": 3000, "agnews": 2500}

@@ -16,7 +16,7 @@ def test_two_ranks_give_the_files_of_one_also_after_a_stop_of_one_rank(tmp_path)
     run_ranks("evaluation_run.py", folders[2], 2, ["stop"])
     for rank in (0, 1):
         assert "eval stopped at step" in (folders[2] / f"rank-{rank}.txt").read_text()
-    notes = sorted((folders[2] / "run/eval/embeddings/base/numbers/documents").glob("part-*.json"))
+    notes = sorted((folders[2] / "run/embeddings/base/numbers/documents").glob("part-*.json"))
     done = [json.loads(note.read_text())["rows_done"] for note in notes]
     assert len(done) == 3 and 0 < done[1] < 256 and done[0] + done[2] == NUM_DOCUMENTS - 256
     run_ranks("evaluation_run.py", folders[2], 2, [])

