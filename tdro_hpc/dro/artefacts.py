@@ -32,15 +32,23 @@ def top_of(weights: dict[str, float], percent: int) -> dict[str, float]:
 
     Keeps floor(tasks * percent / 100). Source: released code. Raises ValueError when that is no task at all.
     """
+    check_percents([percent], len(weights))
     kept = len(weights) * percent // 100
-    if not 0 < percent <= 100 or kept == 0:
-        least = -(-100 // len(weights))
-        raise ValueError(
-            f"top{percent} of {len(weights)} tasks keeps {max(kept, 0)} tasks; it must keep at least 1. "
-            f"Use {least} or more: s1.top_percents={least}."
-        )
     ranked = sorted(weights, key=lambda name: -weights[name])[:kept]
     return {name: 1.0 / kept for name in ranked}
+
+
+def check_percents(percents: list[int], num_tasks: int) -> None:
+    """Raise ValueError if a percent would keep no task; its message has the percents that do keep one."""
+    refused = [percent for percent in percents if not (0 < percent <= 100 and num_tasks * percent // 100)]
+    if refused:
+        least = -(-100 // num_tasks)
+        working = ",".join(str(percent) for percent in percents if percent not in refused)
+        names = ", ".join(f"top{percent}" for percent in refused)
+        raise ValueError(
+            f"{names} of {num_tasks} tasks keeps 0 tasks; it must keep at least 1, so {least} to 100 percent. "
+            f"Use: s1.top_percents={working or least}."
+        )
 
 
 def percents_of(text: str) -> list[int]:

@@ -13,6 +13,9 @@ from torch import Tensor
 # Normalised reference losses under this are replaced by 1 in the released code: such rows count as almost nothing.
 DEAD_ZONE = 1e-4
 
+# Smallest sum of reference losses that they are divided by: where all are 0, so are the quotients.
+SMALLEST_SUM = 1e-12
+
 # Smallest mean reference loss, in nats, that ratio_of_means divides by: a task whose reference loss is 0 to the last
 # digit (usual at temperature 0.002) would otherwise own the whole gradient.
 REFERENCE_FLOOR = 1e-2
@@ -28,7 +31,7 @@ def mean_of_ratios(losses: Tensor, reference_losses: Tensor, task_ids: Tensor, n
     in its place. Source: the released tDRO code, which differs from the paper's formula (ratio_of_means).
     """
     losses, reference_losses = losses.float(), reference_losses.float()
-    normalised = reference_losses / reference_losses.abs().sum()
+    normalised = reference_losses / reference_losses.abs().sum().clamp_min(SMALLEST_SUM)
     denominator = torch.where(normalised < DEAD_ZONE, torch.ones_like(normalised), normalised)
     ratios = (losses / denominator).clamp_min(0.0)
     totals = torch.zeros(num_tasks, device=losses.device).index_add_(0, task_ids, ratios)

@@ -80,15 +80,22 @@ class TaskWeights:
         """Add the rows of one micro-step. Under several ranks each gives its own rows and all ranks call it together.
 
         losses, reference_losses [rows] float, nats      task_ids [rows] int64
-        raises ValueError if the shapes differ
+        raises ValueError if the shapes differ, or if ids on the CPU are not those of tasks
         """
         if not losses.shape == reference_losses.shape == task_ids.shape:
             raise ValueError(
                 f"losses {list(losses.shape)}, reference_losses {list(reference_losses.shape)} and task_ids "
                 f"{list(task_ids.shape)} must be three vectors of one length."
             )
-        losses, reference_losses = losses.detach(), reference_losses.detach()
-        num_tasks = len(self.task_names)
+        num_tasks, device = len(self.task_names), self.alpha.device
+        # On a GPU the look would wait for it; there, the indexing itself stops at an id that is no task's.
+        if task_ids.device.type == "cpu" and bool(((task_ids < 0) | (task_ids >= num_tasks)).any()):
+            raise ValueError(
+                f"task_ids go from {int(task_ids.min())} to {int(task_ids.max())}; "
+                f"{num_tasks} tasks have the ids 0 to {num_tasks - 1}."
+            )
+        losses, reference_losses = losses.detach().to(device), reference_losses.detach().to(device)
+        task_ids = task_ids.to(device)
         self._sums += task_sums(losses, reference_losses, task_ids, num_tasks)
         if self.measurement == "mean_of_ratios":
             world = gather_values(losses), gather_values(reference_losses), gather_ids(task_ids)
@@ -104,9 +111,11 @@ class TaskWeights:
         if self._micro_steps == 0:
             raise ValueError("update() without accumulate(): give it the losses of at least one micro-step first.")
         self.step_sums = sum_over_ranks(self._sums)
-        self.gradient = self._measure(self.step_sums)
+        # Rank 0's: sums on GPUs may differ in the last bit, and the optimiser's moments must agree on all ranks.
+        self.gradient = broadcast_from_first(self._measure(self.step_sums))
         length = torch.linalg.vector_norm(self.gradient)
-        unit = torch.where(length > 0, self.gradient / length.clamp_min(1e-30), torch.zeros_like(self.gradient))
+        # Only a length of 0 is no step: what is not finite goes on into the weights, where the training loop sees it.
+        unit = torch.where(length == 0, torch.zeros_like(self.gradient), self.gradient / length)
         self.log_weights.grad = unit.to(self.log_weights.dtype)
         self.optimizer.step()
         with torch.no_grad():

@@ -93,11 +93,18 @@ class Metrics:
         # Summed over ranks at every step, not at the end of the interval: a checkpoint in the middle of it is made by
         # one rank, and sums in another order would differ in the last bit.
         self._sums = self._sums.to(values.task_sums.device) + sum_over_ranks(values.task_sums)
+        self._move_to(values.grad_norm.device)
         self._grad_norms.append(values.grad_norm.detach().double())
         if values.alpha is not None and values.gradient is not None:
             self._alphas.append(values.alpha.detach().double())
             self._gradients.append(values.gradient.detach().double())
         self._steps_since_start += 1
+
+    def _move_to(self, device: torch.device) -> None:
+        """Bring what a checkpoint loaded on the host to the device of the new values: one stack takes one device."""
+        if self._grad_norms and self._grad_norms[0].device != device:
+            for kept in (self._grad_norms, self._alphas, self._gradients):
+                kept[:] = [value.to(device) for value in kept]
 
     def write(self, step: int, *, learning_rate: float) -> None:
         """End the interval at `step`: a row of metrics, a row of trajectory a step, a line. All ranks call it."""

@@ -93,7 +93,7 @@ class ContrastiveStep:
             losses.append(self.micro_step.backward(batch, weighted, synchronise=last))
         grad_norm = self.engine.step()
         all_losses = torch.cat(losses)
-        self.watch.add(number, all_losses, batches, grad_norm)
+        self.watch.add(number + 1, all_losses, batches, grad_norm)
         task_ids = torch.cat([batch.task_ids for batch in on_device])
         sums = task_sums(all_losses, torch.zeros_like(all_losses), task_ids, self.num_tasks)
         return StepValues(task_sums=sums, grad_norm=grad_norm)
@@ -143,9 +143,10 @@ class DroStep:
             references.append(reference_losses)
         grad_norm = self.engine.step()
         all_losses, task_ids = torch.cat(losses), torch.cat([batch.task_ids for batch in on_device])
-        self.watch.add(number, all_losses, batches, grad_norm)
+        all_references = torch.cat(references)
+        self.watch.add(number + 1, all_losses, batches, grad_norm, reference_losses=all_references)
         return StepValues(
-            task_sums=task_sums(all_losses, torch.cat(references), task_ids, len(self.weights.task_names)),
+            task_sums=task_sums(all_losses, all_references, task_ids, len(self.weights.task_names)),
             grad_norm=grad_norm,
             alpha=self.weights.alpha.clone(),
             gradient=self.weights.gradient,

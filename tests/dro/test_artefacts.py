@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tdro_hpc.dro.artefacts import document_of, documents_of, percents_of, top_of, write_documents
+from tdro_hpc.dro.artefacts import check_percents, document_of, documents_of, percents_of, top_of, write_documents
 
 SIZES = {"a": 100, "b": 300, "c": 600}
 
@@ -30,6 +30,12 @@ def test_top_counts_of_the_release():
 def test_top_of_too_few_tasks_says_so():
     with pytest.raises(ValueError, match="top20 of 3 tasks keeps 0 tasks.*top_percents=34"):
         top_of({"a": 1.0, "b": 1.0, "c": 1.0}, 20)
+
+
+def test_refused_percents_come_with_those_that_work():
+    check_percents([34, 100], 3)
+    with pytest.raises(ValueError, match="top20, top30 of 3 tasks keeps 0 .*s1.top_percents=40,50.$"):
+        check_percents([20, 30, 40, 50], 3)
 
 
 def test_percents_that_are_no_numbers_are_named():

@@ -96,6 +96,16 @@ def test_released_weights_come_back_from_a_constant_gradient_of_unit_length():
     assert torch.allclose(mean, torch.tensor(RELEASED_MEAN), atol=0.009)
 
 
+def test_ema_of_a_constant_gradient_is_near_the_last_weights():
+    gradient = torch.tensor([(math.log(weight) + 7.783) / 20 for weight in RELEASED_CURR])
+    weights = TaskWeights([f"task{position}" for position in range(25)], eta=0.02, measurement="loss")
+    for _ in range(1000):
+        weights.accumulate(gradient, torch.ones(25), torch.arange(25))
+        weights.update()
+    # It lags about 9 updates behind: by the share-weighted mean of the relative differences.
+    assert 1e-3 < (weights.ema_alpha - weights.alpha).abs().sum().item() < 0.007
+
+
 def test_ema_and_mean_follow_their_definitions():
     weights = TaskWeights(["a", "b"], eta=0.3, measurement="loss", ema=0.25, initial={"a": 3.0, "b": 1.0})
     ema, seen = [0.75, 0.25], []
@@ -135,6 +145,44 @@ def test_task_solved_by_the_reference_does_not_own_the_gradient():
     assert weights.current["open"] > weights.current["solved"]
 
 
+@pytest.mark.parametrize(
+    ("measurement", "place"),  # place 0: the loss, 1: the reference loss, which `loss` does not read
+    [*((name, place) for name in ("ratio_of_means", "mean_of_ratios", "excess") for place in (0, 1)), ("loss", 0)],
+)
+def test_what_is_not_finite_shows_in_the_weights(measurement, place):
+    weights = TaskWeights(["a", "b"], measurement=measurement)
+    rows = [[1.0, 1.0, 0], [2.0, 1.0, 1]]
+    rows[0][place] = float("nan")
+    feed(weights, rows)
+    weights.update()
+    assert not weights.alpha.isfinite().any()
+
+
+def test_equal_zeros_move_nothing():
+    weights = TaskWeights(["a", "b"], measurement="loss")
+    feed(weights, [(0.0, 1.0, 0), (0.0, 1.0, 1)])
+    weights.update()
+    assert weights.current == {"a": pytest.approx(0.5), "b": pytest.approx(0.5)}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adagrad", "rmsprop"])
+def test_moments_follow_the_first_rank_when_sums_round_apart(optimizer, monkeypatch):
+    first, second = (TaskWeights(["a", "b", "c"], measurement="loss", optimizer=optimizer) for _ in range(2))
+    sent = []
+    for step in random_steps(5, 1, 9, 3, seed=6):
+        monkeypatch.setattr("tdro_hpc.dro.weights.broadcast_from_first", lambda t: sent.append(t.clone()) or t)
+        feed(first, step[0])
+        first.update()
+        monkeypatch.setattr("tdro_hpc.dro.weights.broadcast_from_first", lambda t: sent.pop(0))
+        feed(second, [(loss * 1.001 + 0.001, reference, task) for loss, reference, task in step[0]])
+        second.update()
+    states = [weights.state_dict()["tensors"] for weights in (first, second)]
+    compared = [key for key in states[0] if "optimizer." in key or "alpha" in key]
+    assert len(compared) > 3
+    for key in compared:
+        assert torch.equal(states[0][key], states[1][key]), key
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adagrad", "rmsprop"])
 def test_resumed_weights_are_bit_equal(optimizer):
     steps = random_steps(12, 2, 8, 3, seed=4)
@@ -163,6 +211,9 @@ def test_mistakes_are_named():
         TaskWeights(["a", "b"], initial={"a": 1.0})
     with pytest.raises(ValueError, match="one length"):
         TaskWeights(["a"]).accumulate(torch.ones(2), torch.ones(2), torch.zeros(3, dtype=torch.int64))
+    for wrong in (-1, 1):
+        with pytest.raises(ValueError, match=f"task_ids go from {wrong} to {wrong}; 1 tasks have"):
+            TaskWeights(["a"]).accumulate(torch.ones(1), torch.ones(1), torch.tensor([wrong]))
     with pytest.raises(ValueError, match="update\\(\\) without accumulate"):
         TaskWeights(["a"]).update()
     other = TaskWeights(["a", "b"])

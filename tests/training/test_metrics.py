@@ -108,3 +108,29 @@ def test_tensorboard_events_are_written(tmp_path):
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "0s"), (59.4, "59s"), (61, "1m01s"), (3661, "1h01m")])
 def test_durations_are_short(seconds, words):
     assert duration_of(seconds) == words
+
+
+def test_loaded_interval_moves_to_the_device_of_the_new_values(tmp_path):
+    first, second = make(tmp_path), make(tmp_path)
+    first.add(values_of(1))
+    first.add(values_of(2))
+    second.load_state_dict(first.state_dict())
+    new = values_of(3)
+    # `meta` stands for a GPU: like it, it takes no tensor of the host into a stack.
+    second.add(StepValues(new.task_sums, new.grad_norm.to("meta"), new.alpha.to("meta"), new.gradient.to("meta")))
+    state = second.state_dict()["tensors"]
+    assert [state[name].device.type for name in ("grad_norms", "alphas", "gradients")] == ["meta"] * 3
+    kept = [*second._grad_norms, *second._alphas, *second._gradients]
+    assert {value.device.type for value in kept} == {"meta"} and len(kept) == 9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_interval_continues_on_a_gpu(tmp_path):
+    first, second = make(tmp_path), make(tmp_path)
+    first.add(values_of(1))
+    second.load_state_dict(first.state_dict())
+    new = values_of(2)
+    second.add(StepValues(*(value.cuda() for value in (new.task_sums, new.grad_norm, new.alpha, new.gradient))))
+    second.write(2, learning_rate=1.0)
+    assert [row["step"] for row in read_rows(tmp_path / "trajectory.jsonl")] == [1, 2]
