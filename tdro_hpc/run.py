@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from tdro_hpc.config.load import load_config
 from tdro_hpc.config.schema import Config
+from tdro_hpc.launch.drawing import draw_plots, draw_report
 from tdro_hpc.launch.executor import rendezvous_file
 from tdro_hpc.launch.jobs import (
     append_event,
@@ -189,27 +190,20 @@ def _finish(
 ) -> None:
     """Rank 0, when all ranks are through: plots, DONE.json, the report of the run."""
     if config.logging.plots:
-        _draw("plots", "tdro_hpc.report.plots", "write_plots", stage_dir)
+        draw_plots(stage_dir)
     seconds = seconds_spent(rows_of_this_making(read_jsonl(stage_dir / "jobs.jsonl"))) + time.time() - began
     write_done(stage_dir, stage, keys=keys, inputs=inputs, code=code, ranks=place.world, seconds=seconds)
     print(f"{stage.name} done after {seconds:.0f} s")
     if config.logging.plots:
         # After DONE.json: the report tells that the stage is done.
-        _draw("report", "tdro_hpc.report.html", "write_report", stage_dir.parent)
+        draw_report(stage_dir.parent)
 
 
-def _draw(what: str, module: str, function: str, folder: Path) -> None:
-    # The results are there: a picture that cannot be drawn is said, and costs nothing more.
-    try:
-        getattr(importlib.import_module(module), function)(folder)
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{last.filename}:{last.lineno}"
-        print(f"The {what} of {folder} could not be made: {type(error).__name__}: {error} ({where})", file=sys.stderr)
+def _fail(stage_dir: Path, place: Place, error: BaseException, *, draw: bool = False) -> NoReturn:
+    """Note the first cause in FAILED.json, the traceback in a file beside the log, and end this process now.
 
-
-def _fail(stage_dir: Path, place: Place, error: BaseException) -> NoReturn:
-    """Note the first cause in FAILED.json, the traceback in a file beside the log, and end this process now."""
+    draw  write the report of the run anew; of a job the front door does that, when the job is over
+    """
     # Not in the log itself: that of rank 0 is shown to a person, who is told the first cause in words.
     trace = stage_dir / "log" / f"rank{place.rank}-error.txt"
     trace.parent.mkdir(parents=True, exist_ok=True)
@@ -219,6 +213,8 @@ def _fail(stage_dir: Path, place: Place, error: BaseException) -> NoReturn:
         time.sleep(_SECOND_HAND_SECONDS)
     write_failed(stage_dir, rank=place.rank, error=words, log=trace)
     print(f"rank {place.rank} failed: {words.splitlines()[0]} (traceback in {trace})")
+    if draw:
+        draw_report(stage_dir.parent)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: that waits for threads which may hang in a collective with ranks that are gone.
@@ -358,9 +354,15 @@ def main(arguments: list[str], *, graph_of: GraphOf = stage_graph, function_of: 
         code = DONE_CODE if outcome == "done" else STOPPED_CODE
     except BaseException as error:
         _note_end(stage_dir, place, FAILED_CODE)
-        _fail(stage_dir, place, error)
+        _fail(stage_dir, place, error, draw=place.rank == 0 and _draws(stage_dir, graph_of))
     _note_end(stage_dir, place, code)
+    if code == STOPPED_CODE and place.rank == 0 and _draws(stage_dir, graph_of):
+        draw_report(stage_dir.parent)
     return code
+
+
+def _draws(stage_dir: Path, graph_of: GraphOf) -> bool:
+    return read_stage(stage_dir, "", graph_of)[0].logging.plots
 
 
 def _note_end(stage_dir: Path, place: Place, code: int) -> None:

@@ -47,7 +47,7 @@ def test_by_hand_stops_continues_and_knows_when_it_is_done(tmp_path):
 
 
 def test_by_hand_failure_is_noted(tmp_path):
-    folder = planned(tmp_path, "s0")
+    folder = planned(tmp_path, "s0", replace(CONFIG, logging=LoggingConfig(plots=True)))
     orders = {"stage": "s0", "rank": 0, "step": 2, "how": "raise"}
     (tmp_path / "demo" / "orders.json").write_text(json.dumps(orders))
     process = by_hand(folder)
@@ -55,6 +55,7 @@ def test_by_hand_failure_is_noted(tmp_path):
     assert process.returncode == 1 and "rank 0 failed: the loss is not finite" in said
     assert json.loads((folder / "FAILED.json").read_text())["step"] == 1
     assert job_rows(tmp_path, "s0", "end")[0]["exit_codes"] == [1]
+    assert 'class="failed"' in (tmp_path / "demo" / "report.html").read_text()
 
 
 def test_a_stage_looks_for_its_inputs_before_it_loads_anything(tmp_path, capsys):

@@ -52,12 +52,15 @@ TASKS = {
 }
 
 
-def build_embedded(folder: Path, config: EmbeddedConfig, *, seed: int) -> dict[str, Any]:
+def build_embedded(
+    folder: Path, config: EmbeddedConfig, *, seed: int, before_task: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
     """Fill `folder` with train/<task>.jsonl, test/<set>/ and facts.json; the facts are returned.
 
-    folder  exists and is empty; the caller gives it its final name when all is written
-    seed    decides what is held out, drawn and filled up; one machine and seed always give the same bytes
-    raises  ValueError where a task finds too little documentation on this machine
+    folder       exists and is empty; the caller gives it its final name when all is written
+    seed         decides what is held out, drawn and filled up; one machine and seed always give the same bytes
+    before_task  called with the number of tasks that are done, before each task; may raise to end the build
+    raises       ValueError where a task finds too little documentation on this machine
     """
     started = time.perf_counter()
     library = read_library()
@@ -67,8 +70,9 @@ def build_embedded(folder: Path, config: EmbeddedConfig, *, seed: int) -> dict[s
     )
     guard = LeakFilter(text for test_set in test_sets.values() for text in test_set.protected())
     (folder / "train").mkdir()
-    tasks = {}
+    tasks: dict[str, dict[str, Any]] = {}
     for name, source in TASKS.items():
+        before_task(len(tasks))
         tasks[name] = _build_task(folder / "train" / f"{name}.jsonl", name, source, train_part, guard, config, seed)
     for name, test_set in test_sets.items():
         write_test_set(test_set, folder / "test" / name)

@@ -13,6 +13,7 @@ from typing import Any
 from tdro_hpc.atomic import write_json
 from tdro_hpc.config.load import save_config
 from tdro_hpc.config.schema import Config
+from tdro_hpc.launch.drawing import draw_report
 from tdro_hpc.launch.executor import JobOf, ask_to_stop, submit_stage
 from tdro_hpc.launch.jobs import end_orphans, last_row, read_jsonl, running_job, stage_lock
 from tdro_hpc.launch.plan import SKIP, Plan, PlannedStage
@@ -104,7 +105,11 @@ def _bring_about(chain: Chain, step: PlannedStage, signals: Signals, view: View)
             f"name={chain.config.name}. Continue with: {chain.line}"
         )
         return _stop_code(signals)
-    return _outcome(chain, stage_dir, signals, view)
+    code = _outcome(chain, stage_dir, signals, view)
+    if code != DONE_CODE and chain.config.logging.plots:
+        # A stage that is done has done it itself. Another one counts as running until its job is over.
+        draw_report(chain.run_dir)
+    return code
 
 
 def _start(chain: Chain, step: PlannedStage, stage_dir: Path) -> Any:

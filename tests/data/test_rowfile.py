@@ -3,6 +3,9 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,16 @@ from tdro_hpc.data import rowfile
 from tdro_hpc.data.rowfile import RowFile, line_blocks
 
 BOM = b"\xef\xbb\xbf"
+MILLION = """
+import random, re, sys
+from pathlib import Path
+from tdro_hpc.data.rowfile import RowFile
+file = RowFile(Path(sys.argv[1]), cache_dir="")
+for row in random.Random(0).sample(range(1_000_000), 1000):
+    assert file.read(row) == b'{"query": "row %d"}' % row, row
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+print(len(file), peak.group(1), (file.index / "offsets.npy").stat().st_mtime_ns)
+"""
 LINES = [b"{}", b"[1]", b"", b"  ", b"\t", b'{"a": "long enough for two blocks"}', b" {} "]
 
 
@@ -170,3 +183,18 @@ def test_offsets_are_int64_pairs_on_disk(tmp_path, write_lines):
     file = RowFile(write_lines(tmp_path / "x.jsonl", ["{1}", "{22}"]), cache_dir="")
     offsets = np.load(file.index / "offsets.npy")
     assert offsets.dtype == np.int64 and offsets.tolist() == [[0, 3], [4, 8]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+def test_a_million_rows_need_little_memory_and_are_indexed_once(tmp_path):
+    path = tmp_path / "x.jsonl"
+    with path.open("w") as file:
+        file.writelines(f'{{"query": "row {row}"}}\n' for row in range(1_000_000))
+    command = [sys.executable, "-c", MILLION, str(path)]
+    root = Path(__file__).parents[2]
+    answers = [subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60) for _ in range(2)]
+    assert [answer.returncode for answer in answers] == [0, 0], answers[0].stderr + answers[1].stderr
+    (rows, peak, made), (_, _, found) = (answer.stdout.split() for answer in answers)
+    assert rows == "1000000" and int(peak) < 300_000  # kB
+    assert made == found  # the second opening read the index of the first
