@@ -29,6 +29,7 @@ class TorchEngine:
         # float16 gradients underflow unless the loss is scaled up; in every other type the scaler passes all through.
         scaling = encoder.config.autocast == "float16"
         self._scaler = torch.amp.GradScaler(process.device.type, enabled=scaling)
+        self._said_skip = False
         self._embedder = _Embedder(encoder)
         self._parallel = _data_parallel(self._embedder) if process.data_size > 1 else None
         self._embedded: list[Tensor] = []  # of the embed that waits for its backward; under _parallel only
@@ -64,7 +65,11 @@ class TorchEngine:
         self._scaler.scale(loss).backward()
 
     def step(self) -> Tensor:
-        """Clip, update, zero the gradients; returns their global L2 norm [] before clipping."""
+        """Clip, update, zero the gradients; returns their global L2 norm [] before clipping.
+
+        Under float16 the first losses are often scaled up too far. Such a step leaves parameters and moments as they
+        are and halves the scale; its norm is given as 0. The schedule goes on.
+        """
         rate = learning_rate_at(self.steps_done, self.training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -78,7 +83,21 @@ class TorchEngine:
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        return norm
+        return self._norm_of_skipped() if self._skipped(norm) else norm
+
+    def _skipped(self, norm: Tensor) -> bool:
+        """The scaler left out this step, and a smaller scale may mend it: under 1 the gradient itself is broken."""
+        # Only float16 waits for the device here.
+        return self._scaler.is_enabled() and not bool(norm.isfinite()) and self._scaler.get_scale() >= 1
+
+    def _norm_of_skipped(self) -> Tensor:
+        if not self._said_skip and self.process.data_rank == 0:
+            print(
+                f"step {self.steps_done}: the float16 gradients overflowed, so the step is left out and the loss scale "
+                f"is now {self._scaler.get_scale():.0f}; usual in the first steps, and not said again"
+            )
+        self._said_skip = True
+        return torch.zeros((), device=self.process.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Trained parameters, buffers, Adam's moments and step counters, and the number of steps done."""

@@ -143,3 +143,35 @@ def test_float16_gradients_are_scaled_and_clipped_as_if_they_were_not():
     gradients = [engine.encoder.dense.weight.grad.clone() for engine in (scaled, plain)]
     torch.testing.assert_close(gradients[0], gradients[1] * 2.0**16)
     torch.testing.assert_close(scaled.step(), plain.step())
+
+
+def float16_engine():
+    encoder = ToyEncoder()
+    encoder.config = dataclasses.replace(encoder.config, autocast="float16")
+    return TorchEngine(encoder, ALONE, TRAINING)
+
+
+def test_overflow_under_float16_leaves_the_step_out_and_says_so_once(capsys):
+    engine = float16_engine()
+    train(engine, range(3))
+    before, scale = cloned(engine.state_dict()), engine._scaler.get_scale()
+    for _ in range(2):
+        engine.backward(toy_loss(engine, 1) * 1e36, synchronise=True)  # times the scale: over the range of float32
+        assert engine.step().item() == 0.0
+    after = engine.state_dict()
+    for name, tensor in before["tensors"].items():
+        assert torch.equal(tensor, after["tensors"][name]), name
+    assert (engine.steps_done, engine._scaler.get_scale()) == (5, scale / 4)
+    assert capsys.readouterr().out.count("overflowed") == 1
+    assert train(engine, [7]).item() > 0
+    weights = [state["tensors"]["parameter.dense.weight"] for state in (engine.state_dict(), before)]
+    assert not torch.equal(*weights)
+
+
+def test_gradient_that_stays_infinite_under_float16_is_not_hidden():
+    engine = float16_engine()
+    norms = []
+    for _ in range(18):  # the scale begins at 2**16
+        engine.backward(toy_loss(engine, 1) * float("inf"), synchronise=True)
+        norms.append(engine.step().item())
+    assert norms[:16] == [0.0] * 16 and norms[16] != norms[16]
