@@ -29,6 +29,7 @@ from tdro_hpc.launch.record import read_states
 from tdro_hpc.launch.status import cancel, planned_stages, print_log, running_stages, runs_in, status_text
 from tdro_hpc.run import GraphOf, StageJob
 from tdro_hpc.stages.graph import stage_graph
+from tdro_hpc.stages.inputs import input_problems
 
 MISTAKE_CODE, INTERRUPTED_CODE = 2, 130
 _PROGRAM = "python -m tdro_hpc.submit"
@@ -50,7 +51,7 @@ class Call:
 
     word: str  # run, status, logs, cancel, report, help
     config: Config = field(default_factory=Config)
-    names_run: bool = False  # a key was given, so that the config says which run is meant
+    names_run: bool = False  # name= or config= says which run is meant
     options: Mapping[str, str] = field(default_factory=dict)
     line: str = ""  # what to type to do the same again, without force=, which would throw away what it has made
 
@@ -69,7 +70,7 @@ def parse_call(words: list[str], *, graph_of: GraphOf = stage_graph) -> Call:
 
     raises ConfigError with every mistake of the call
     """
-    if not words or words[0] in ("help", "-h", "--help"):
+    if not words or words[0] == "help" or {"-h", "--help"} & set(words):
         return Call("help")
     word = words[0] if words[0] in _OPTIONS else "run"
     problems: list[str] = []
@@ -82,6 +83,7 @@ def parse_call(words: list[str], *, graph_of: GraphOf = stage_graph) -> Call:
             continue
         problems += _option_problems(word, name, value, options)
         options[name] = value
+    problems += _given_twice(keys)
     config = Config()
     try:
         config = load_config(keys, call_options=_OPTIONS[word]).config
@@ -102,7 +104,8 @@ def parse_call(words: list[str], *, graph_of: GraphOf = stage_graph) -> Call:
     again = [argument for argument in words if not argument.startswith("force=")]
     if "stage" not in options and "force" in options:
         again.append(f"stage={options['force']}")
-    return Call(word, config, bool(keys), options, shlex.join([*_PROGRAM.split(), *again]))
+    names_run = any(key.startswith(("name=", "config=")) for key in keys)
+    return Call(word, config, names_run, options, shlex.join([*_PROGRAM.split(), *again]))
 
 
 def _option_problems(word: str, name: str, value: str, options: Mapping[str, str]) -> list[str]:
@@ -118,6 +121,18 @@ def _option_problems(word: str, name: str, value: str, options: Mapping[str, str
         problems.append(f"{name} is {value!r}; it must be true or false. Type {name}=true.")
     if name not in _SWITCHES and not value:
         problems.append(f"{name}= is empty. Type {name}=s1, or leave it out.")
+    return problems
+
+
+def _given_twice(keys: list[str]) -> list[str]:
+    """What is wrong where a key stands twice on the line."""
+    first: dict[str, str] = {}
+    problems = []
+    for argument in keys:
+        name = argument.partition("=")[0].strip()
+        if "=" in argument and name in first:
+            problems.append(f"{name} is given twice: {first[name]} and {argument}. Leave one out.")
+        first.setdefault(name, argument)
     return problems
 
 
@@ -142,7 +157,11 @@ def make_plan(call: Call, graph_of: GraphOf) -> tuple[Plan, dict[str, int]]:
     forced = call.options.get("force", "")
     wanted = call.options.get("stage", "" if forced else "all")
     plan = build_plan(config, graph, wanted, forced, read_states(config, graph, call.run_dir, ranks))
-    problems = [*plan.problems, *(plan.drift if call.is_on("strict") else ())]
+    if plan.problems:
+        stages = [graph[name] for name in stages_named(f"{wanted},{forced}", graph, config.stages)[0]]
+    else:
+        stages = [step.stage for step in (plan.steps if call.is_on("check") else plan.to_run)]
+    problems = [*plan.problems, *(plan.drift if call.is_on("strict") else ()), *input_problems(config, stages)]
     if problems:
         raise ConfigError(problems)
     return plan, ranks
@@ -160,7 +179,7 @@ def run_stages(call: Call, *, graph_of: GraphOf, job_of: JobOf) -> int:
         # The only road from here to torch.
         from tdro_hpc.stages.check import check_inputs
 
-        check_inputs(config, run_dir)
+        check_inputs(config, run_dir, call.line)
         return 0
     print(flush=True)
     save_config(config, run_dir / "config.yaml")
@@ -226,6 +245,10 @@ def main(words: list[str], *, graph_of: GraphOf = stage_graph, job_of: JobOf = S
         # The reader of our output, such as `head`, has seen enough.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        place = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"{place}. Set runs_dir=<folder you may write>.", file=sys.stderr)
+        return MISTAKE_CODE
     except KeyboardInterrupt:
         return INTERRUPTED_CODE
 

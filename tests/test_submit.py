@@ -36,6 +36,20 @@ def plan_file(run_dir: Path) -> None:
     (run_dir / "plan.json").write_text(json.dumps({"line": "", "time": 0, "stages": stages}))
 
 
+def rows_in(folder: Path, *tasks: str) -> Path:
+    folder.mkdir(parents=True)
+    for task in tasks:
+        (folder / f"{task}.jsonl").write_text("{}\n")  # a plan opens no rows
+    return folder
+
+
+def collection_in(folder: Path) -> Path:
+    (folder / "one" / "qrels").mkdir(parents=True)
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        (folder / "one" / name).write_text("")
+    return folder
+
+
 def test_options_and_keys_are_told_apart():
     call = parse_call(["stage=s1", "s1.eta=0.05", "dry_run=true", "name=x"])
     assert (call.word, call.options) == ("run", {"stage": "s1", "dry_run": "true"})
@@ -107,23 +121,74 @@ def test_misplaced_and_unknown_words():
     assert problems_of("stats") == ["Unknown word stats. Type one of status, logs, cancel, report, or key=value."]
 
 
+def test_key_that_stands_twice_on_the_line_is_a_mistake():
+    assert problems_of("s0.steps=200", "s1.eta=0.1", "s0.steps=300") == [
+        "s0.steps is given twice: s0.steps=200 and s0.steps=300. Leave one out."
+    ]
+
+
+def test_stage_prepare_without_built_data_says_what_to_type():
+    assert problems_of("stage=prepare", "data.dir=rows") == [
+        "Stage prepare exists with data=embedded only: other data are there already. Type data=embedded."
+    ]
+
+
+@pytest.mark.parametrize("words", [["stage=all", "--help"], ["status", "-h"], ["help"]])
+def test_help_is_given_wherever_it_is_asked_for(words, capsys):
+    assert main(words) == 0 and "Exit codes" in capsys.readouterr().out
+
+
+def test_folder_on_the_line_takes_the_place_of_the_built_data(tmp_path, capsys):
+    rows, tests = rows_in(tmp_path / "rows", "a", "b", "c", "d", "e"), collection_in(tmp_path / "tests")
+    words = ("stage=all", "config=demo", f"data.dir={rows}", f"eval.dir={tests}", "dry_run=true")
+    code, out, err = submit(tmp_path / "runs", capsys, *words)
+    assert code == 0 and err == "" and "prepare" not in out and "s2-top70" in out
+
+
+def test_inputs_that_are_not_there_stop_the_plan_together(tmp_path, capsys):
+    rows = rows_in(tmp_path / "rows", "news", "mails", "forum")
+    words = ["stage=all", f"data.dir={rows}", "s0.weights=mine.json", "eval.models=base,./gone"]
+    code, out, err = submit(tmp_path / "runs", capsys, *words)
+    assert code == 2 and out == "" and "Traceback" not in err
+    for part in (
+        "s1.top_percents=40,50,60,70,80,90",
+        "s0.weights names mine.json",
+        "eval.dir is empty",
+        "eval.models names ./gone, which is no folder",
+    ):
+        assert part in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_check_reports_missing_inputs_as_the_plan_does(tmp_path, capsys):
+    code, _, err = submit(tmp_path / "runs", capsys, "stage=s0", "data.dir=gone", "check=true")
+    assert code == 2 and "data.dir is gone, which is not a folder" in err and not (tmp_path / "runs").exists()
+
+
+def test_place_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code, _, err = submit(tmp_path / "file", capsys, "stage=s0", "config=demo")
+    assert code == 2 and len(err.splitlines()) == 1
+    assert f"{tmp_path}/file" in err and "Not a directory. Set runs_dir=<folder you may write>." in err
+
+
 def test_two_weight_choices_of_one_name_are_refused():
     assert "both be made in the folder s2-curr" in problems_of("s2.weights=curr,mine/curr.json")[0]
 
 
 def test_dry_run_shows_the_chain_and_each_figure_once(tmp_path, capsys):
-    code, out, err = submit(tmp_path, capsys, "stage=all", "dry_run=true", "cluster.ranks_per_node=2")
+    code, out, err = submit(tmp_path, capsys, "stage=all", "config=demo", "dry_run=true", "cluster.ranks_per_node=2")
     assert code == 0 and err == ""
     for name in ("s0", "s1", "s2-curr", "eval"):
-        assert f"-m tdro_hpc.run {tmp_path}/default/{name}" in out
+        assert f"-m tdro_hpc.run {tmp_path}/demo/{name}" in out
     figures = [line[8:] for line in out.splitlines() if " = " in line]
     assert len(figures) == len(set(figures)) > 5
-    assert "ranks 2 = 1 nodes x 2 ranks_per_node" in figures
+    assert "ranks 2 = 1 node x 2 ranks_per_node" in figures
     assert not list(tmp_path.iterdir())
 
 
 def test_strict_without_drift_is_no_error(tmp_path, capsys):
-    assert submit(tmp_path, capsys, "stage=s0", "strict=true", "dry_run=true")[0] == 0
+    assert submit(tmp_path, capsys, "stage=s0", "config=demo", "strict=true", "dry_run=true")[0] == 0
 
 
 def test_status_tells_what_waits_for_what(tmp_path, capsys):
@@ -143,6 +208,9 @@ def test_status_without_a_name_shows_every_run(tmp_path, capsys, monkeypatch):
     assert main(["status"]) == 0
     out = capsys.readouterr().out
     assert "run runs/a" in out and "run runs/b" in out
+    assert main(["status", f"runs_dir={tmp_path}/runs"]) == 0
+    out = capsys.readouterr().out
+    assert f"run {tmp_path}/runs/a" in out and f"run {tmp_path}/runs/b" in out
     assert main(["cancel"]) == 2
     assert "Which run is meant? There are a, b." in capsys.readouterr().err
 
@@ -157,10 +225,12 @@ def test_words_about_a_run_that_is_not_there(tmp_path, capsys):
 
 
 def test_submit_costs_under_a_second_and_imports_nothing_heavy(tmp_path):
-    heavy = ("torch", "transformers", "numpy", "submitit", "matplotlib")
+    rows, tests = rows_in(tmp_path / "rows", "a", "b", "c", "d", "e"), collection_in(tmp_path / "tests")
+    heavy = ("torch", "transformers", "submitit", "matplotlib")
     code = (
         "import sys\nfrom tdro_hpc.submit import main\n"
-        f"main(['stage=all', 'dry_run=true', 'runs_dir={tmp_path}'])\n"
+        f"main(['stage=all', 'config=demo', 'data.dir={rows}', 'eval.dir={tests}', 'dry_run=true', "
+        f"'runs_dir={tmp_path}/runs'])\n"
         f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
     )
     before = os.times()

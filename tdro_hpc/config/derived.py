@@ -24,7 +24,7 @@ def ranks_of(config: Config, stage_ranks: str = "all") -> int:
 def ranks_equation(config: Config) -> str:
     """Processes of a stage that runs on all ranks."""
     per_node, key = _ranks_per_node(config)
-    return f"ranks {ranks_of(config):,} = {config.cluster.nodes:,} nodes x {per_node:,} {key}"
+    return f"ranks {ranks_of(config):,} = {_counted(config.cluster.nodes, 'node')} x {per_node:,} {key}"
 
 
 def queries_per_step(section: TrainingConfig, ranks: int) -> int:

@@ -39,7 +39,11 @@ def layered_entries(pairs: list[tuple[str, str]], folders: list[Path], problems:
     own = _file_entries("config", config, folders, problems) if config else []
     used, own = _split_use(own, problems)
     used = {group: entry for group, entry in used.items() if group not in picked}
-    entries = _picked_entries(used, folders, problems) + own
+    given = {name for name, text in pairs if text}
+    entries = _picked_entries(used, folders, problems)
+    if given & {"data.dir", "data.hub"}:
+        entries = _without_built_data(entries)
+    entries += own
     # A pick on the command line replaces its whole section.
     entries = [entry for entry in entries if entry.path[0] not in picked]
     entries += _picked_entries(picked, folders, problems)
@@ -47,6 +51,12 @@ def layered_entries(pairs: list[tuple[str, str]], folders: list[Path], problems:
         if name not in PICKS:
             entries += argument_entries(name, text)
     return entries
+
+
+def _without_built_data(entries: list[Entry]) -> list[Entry]:
+    """The entries less the data set that a pick has built: data named on the command line bring their own tasks."""
+    builds = any(entry.path == ("data", "builder") and value_of(entry.node, None) for entry in entries)
+    return [entry for entry in entries if not builds or entry.path[:2] not in (("data", "builder"), ("data", "tasks"))]
 
 
 def _picked_entries(picks: dict[str, Entry], folders: list[Path], problems: list[str]) -> list[Entry]:
@@ -121,6 +131,8 @@ def _unknown_pick(group: str, name: str, pick: Entry, folders: list[Path]) -> st
     """What is wrong with a pick that names no file, the names nearest to it, and what was perhaps meant instead."""
     places = " or ".join(shown_path(_named(folder, group)) for folder in folders) or "any folder of configs"
     what = f"{group}={name} {pick.place}: there is no file {name or '<name>'}.yaml in {places}."
+    if "/" in name and name.endswith((".yaml", ".yml")):
+        what = f"{group}={name} {pick.place}: there is no file {name}."
     if os.path.isdir(name):
         if group == "config" and (Path(name) / "config.yaml").is_file():
             return f"{what} Type config={Path(name) / 'config.yaml'}."

@@ -7,7 +7,8 @@ Precedence, later wins:
 3. the other keys of the config file (`config=<name or path>`)
 4. picks on the command line, recipe first; such a pick REPLACES its section: what the config file, its `use` and the
    recipe said of that section is dropped, because half of one model and half of another is nobody's wish
-5. `key=value` on the command line
+5. `key=value` on the command line; data.dir= or data.hub= also drops builder and tasks of a data set that the config
+   file's `use` would have built, because the folder brings its own
 
 A pick is a name, configs/<group>/<name>.yaml, or the path of a YAML file. Its keys are those of the section; a recipe
 has keys of the top. A saved config holds every value and `use: {}`: no other file is read when it is loaded again.

@@ -247,7 +247,16 @@ class TrainingConfig:
             + _at_least(at + "save_every_steps", self.save_every_steps, 1, "100 to 1000")
             + _at_least(at + "keep_checkpoints", self.keep_checkpoints, 1, "2")
             + _at_least(at + "log_every_steps", self.log_every_steps, 1, "10")
+            + self._warmup_problems(at)
         )
+
+    def _warmup_problems(self, at: str) -> list[str]:
+        if not 0 < self.steps < self.warmup_steps:
+            return []
+        return [
+            f"{at}warmup_steps is {self.warmup_steps}, more than {at}steps={self.steps}: the learning rate would never "
+            f"reach its peak. Type {at}warmup_steps={self.steps // 10}."
+        ]
 
 
 @dataclass(frozen=True)
@@ -275,7 +284,16 @@ class S1Config(TrainingConfig):
             + _one_of("s1.weight_optimizer", self.weight_optimizer, WEIGHT_OPTIMIZERS)
             + _between("s1.ema", self.ema, 0, 1, "0.1")
             + _one_of("s1.reference_losses", self.reference_losses, ("online", "cached"))
+            + self._cached_problems()
         )
+
+    def _cached_problems(self) -> list[str]:
+        if self.reference_losses != "cached" or self.negatives == "group":
+            return []
+        return [
+            f"s1.reference_losses is 'cached', but s1.negatives is {self.negatives!r}: the loss of a row then depends "
+            "on the rows beside it. Type s1.negatives=group or s1.reference_losses=online."
+        ]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 TASK_FILE = "tasks.yaml"
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.tar.gz")  # best first: what needs no unpacking
 FOLDER_FORMATS = ("beir", "msmarco")
+_NO_PLACE = "data.tasks names tasks, not where they are. Set data.dir=<folder> or data.hub=<data set id>."
 
 
 class Task:
@@ -77,6 +78,8 @@ def describe_tasks(config: DataConfig) -> dict[str, TaskConfig]:
     """
     if config.tasks:
         tasks = config.tasks
+        if config.dir and (Path(config.dir).expanduser() / TASK_FILE).is_file():
+            logger.warning("%s/%s is not read: data.tasks describes the tasks", config.dir, TASK_FILE)
     elif config.dir:
         tasks = _tasks_of_folder(_data_folder(config))
     elif config.hub:
@@ -86,6 +89,22 @@ def describe_tasks(config: DataConfig) -> dict[str, TaskConfig]:
     else:
         raise ValueError("There is no data. Set data.dir=<folder>, data.hub=<data set id> or data=tdro25.")
     return _chosen(tasks, config.only)
+
+
+def find_tasks(config: DataConfig) -> dict[str, TaskConfig]:
+    """Name -> description as far as this machine knows before anything is built or fetched; {} = not known yet.
+
+    Opens no rows.
+    raises  ValueError where there is no data, naming all files that are missing together
+    """
+    if not config.tasks and not config.dir and (config.builder or config.hub):
+        return {}
+    tasks = describe_tasks(config)
+    if config.dir:
+        _local_paths(_data_folder(config), tasks)
+    elif not config.hub and not config.builder:
+        raise ValueError(_NO_PLACE)
+    return tasks
 
 
 def open_tasks(config: DataConfig) -> dict[str, Task]:
@@ -197,7 +216,7 @@ def _paths(config: DataConfig, descriptions: dict[str, TaskConfig]) -> dict[str,
     if config.dir:
         return _local_paths(_data_folder(config), descriptions)
     if not config.hub:
-        raise ValueError("data.tasks names tasks, not where they are. Set data.dir=<folder> or data.hub=<data set id>.")
+        raise ValueError(_NO_PLACE)
     problems = []
     paths: dict[str, Path] = {}
     for name, description in descriptions.items():

@@ -1,4 +1,4 @@
-"""The config keys that change a stage's results, their hash, and what became of them since. Reads sizes, no rows."""
+"""The config keys that change a stage's results, their hash, and what became of them since. Reads no rows."""
 
 import hashlib
 import json
@@ -23,6 +23,7 @@ _NO_EFFECT = {
 _NO_EFFECT_ENDINGS = (".save_every_steps", ".keep_checkpoints", ".log_every_steps")
 _NO_EFFECT_OF_A_TASK = (".rows", ".language", ".category")
 _DATA_SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".txt", ".gz", ".yaml", ".parquet")
+_DESCRIPTIONS = ("tasks.yaml", "tests.yaml")  # small, and another word in them may leave their size as it is
 _MOST_SHOWN = 6
 
 
@@ -30,7 +31,7 @@ def result_keys(config: Config, stage: Stage, ranks: int) -> dict[str, Any]:
     """Dotted key -> JSON value for everything that changes the results of `stage`, sorted by key.
 
     Beside the config: the number of ranks (the batch grows with it), the sizes of the data files, and the content of
-    the stage's own files, as `size of <file>` and `sha256 of <file>`.
+    their descriptions and of the stage's own files, as `size of <file>` and `sha256 of <file>`.
     """
     keys: dict[str, Any] = {"ranks": ranks}
     for section in stage.sections:
@@ -38,10 +39,10 @@ def result_keys(config: Config, stage: Stage, ranks: int) -> dict[str, Any]:
     keys = {key: value for key, value in keys.items() if _changes_results(key)}
     for section in ("data", "eval"):
         if section in stage.sections and getattr(config, section).dir:
-            keys |= _sizes(Path(getattr(config, section).dir))
+            keys |= _contents(Path(getattr(config, section).dir))
     for name in stage.files:
         if Path(name).is_file():
-            keys[f"sha256 of {name}"] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+            keys[f"sha256 of {name}"] = _sha256(Path(name))
     # Through JSON and back, so that a fresh value compares equal to one that was read from a file.
     return dict(sorted(json.loads(json.dumps(keys)).items()))
 
@@ -92,14 +93,24 @@ def _changes_results(key: str) -> bool:
     return key not in _NO_EFFECT and not key.endswith(_NO_EFFECT_ENDINGS)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the data files in `folder` and in the folders of BEIR layout below it; row indexes do not count."""
-    sizes = {}
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """Bytes of the data files in `folder` and in the folders of BEIR layout below it, and the sha256 of descriptions.
+
+    Row indexes do not count.
+    """
+    found: dict[str, Any] = {}
     for where, folders, files in os.walk(folder):
         depth = len(Path(where).relative_to(folder).parts)
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if depth < 2 else []
         for file in sorted(files):
             if file.endswith(_DATA_SUFFIXES) and not file.startswith("."):
                 path = Path(where, file)
-                sizes[f"size of {path.relative_to(folder)}"] = path.stat().st_size
-    return sizes
+                if depth == 0 and file in _DESCRIPTIONS:
+                    found[f"sha256 of {file}"] = _sha256(path)
+                else:
+                    found[f"size of {path.relative_to(folder)}"] = path.stat().st_size
+    return found

@@ -56,6 +56,8 @@ def stages_named(text: str, graph: Mapping[str, Stage], everything: Sequence[str
 
 
 def _unknown_stage(word: str, graph: Mapping[str, Stage]) -> str:
+    if word == "prepare":
+        return "Stage prepare exists with data=embedded only: other data are there already. Type data=embedded."
     choices = list(dict.fromkeys(["all", *(stage.kind for stage in graph.values()), *graph]))
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.4)
     meant = f" Did you mean {near[0]}?" if near else ""

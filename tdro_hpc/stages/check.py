@@ -1,5 +1,6 @@
 """Looks at the data and the model as training would see them, before anything is queued. Starts and writes no stage."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,26 +18,33 @@ _SHOWN_ROWS = 3
 _SHOWN_CHARACTERS = 220  # of one decoded text, half from each end
 
 
-def check_inputs(config: Config, run_dir: Path) -> None:
+def check_inputs(config: Config, run_dir: Path, line: str) -> None:
     """Print the rows of every task, three of them as tokens, the shares that are cut, and load the model.
 
-    raises ValueError where the data or the model cannot be used
+    line    what was typed; said again where the data set is still to be built, and only the model can be looked at
+    raises  ValueError where the data or the model cannot be used
     """
+    tokenizer = load_tokenizer(config.model)
     if config.data.builder and not config.data.dir and not (run_dir / "prepare" / "DONE.json").is_file():
-        raise ValueError(
-            f"The data set of {run_dir} is built by stage prepare, which is not done. "
-            f"Type: python -m tdro_hpc.submit stage=prepare name={config.name}, with the keys of this call."
+        words = shlex.split(line)
+        build = [word for word in words if not word.startswith(("stage=", "check="))] + ["stage=prepare"]
+        print(
+            f"\ndata  comes with stage prepare, which is not done. To look at it type:\n  {shlex.join(build)}\n  {line}"
         )
+    else:
+        _show_data(config, run_dir, tokenizer)
+    _try_model(config, tokenizer)
+
+
+def _show_data(config: Config, run_dir: Path, tokenizer: TextTokenizer) -> None:
     data = data_of(config, run_dir)
     tasks = open_tasks(data)
-    tokenizer = load_tokenizer(config.model)
     total = sum(len(task) for task in tasks.values())
     print(f"\ndata  {len(tasks)} tasks, {total:,} rows; shares are of {SAMPLE_ROWS:,} rows a task at most")
     for task in tasks.values():
         _show_task(task, data, tokenizer)
     for line in small_tasks(config, tasks):
         print(line)
-    _try_model(config, tokenizer)
 
 
 def small_tasks(config: Config, tasks: dict[str, Task]) -> list[str]:

@@ -33,6 +33,13 @@ def problems_of(*arguments: str) -> list[str]:
             "s1.passages_per_query @ is 1 with s1.negatives=group",
             "s1.passages_per_query=8",
         ),
+        (["s0.steps=50"], "s0.warmup_steps is 100, more than s0.steps=50", "s0.warmup_steps=5"),
+        (["s2.warmup_steps=2000"], "s2.warmup_steps @ is 2000, more than s2.steps=1000", "s2.warmup_steps=100"),
+        (
+            ["s1.reference_losses=cached", "s1.negatives=world"],
+            "s1.reference_losses @ is 'cached', but s1.negatives is 'world'",
+            "s1.reference_losses=online",
+        ),
         (["s0.weights=even"], "s0.weights @ is 'even'; it must be uniform, size", "s0.weights=uniform"),
         (["s0.weights=temperature:hot"], "s0.weights @ is 'temperature:hot'", "s0.weights=uniform"),
         (["s1.top_percents=20,x"], "s1.top_percents @ holds 'x'", "s1.top_percents=20,50,70"),

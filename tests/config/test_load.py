@@ -30,8 +30,8 @@ def test_no_arguments_give_the_defaults():
 def test_command_line_goes_before_yaml_and_yaml_before_defaults(tmp_path, monkeypatch):
     write(tmp_path, mine="s0:\n  steps: 7\n  log_every_steps: 3\n")
     monkeypatch.chdir(tmp_path)
-    loaded = load_config(["s0.steps=9", "config=mine"])
-    assert (loaded.config.s0.steps, loaded.config.s0.log_every_steps, loaded.config.s0.warmup_steps) == (9, 3, 100)
+    loaded = load_config(["s0.steps=900", "config=mine"])
+    assert (loaded.config.s0.steps, loaded.config.s0.log_every_steps, loaded.config.s0.warmup_steps) == (900, 3, 100)
     assert loaded.sources == {"s0.steps": "command line", "s0.log_every_steps": "configs/mine.yaml:3"}
 
 
@@ -65,12 +65,12 @@ def test_pick_on_the_command_line_replaces_the_whole_section(tmp_path):
 def test_recipe_of_the_command_line_is_read_and_goes_before_the_config_file(tmp_path):
     folder = write(
         tmp_path,
-        recipe__a="stages: [s0]\ns0: {steps: 5}\n",
+        recipe__a="stages: [s0]\ns0: {steps: 500}\n",
         recipe__b="stages: [s1]\n",
         mine="recipe: b\nseed: 3\nstages: [eval]\n",
     )
     loaded = load_config(["config=mine", "recipe=a"], configs_dirs=[folder])
-    assert (loaded.config.recipe, loaded.config.stages, loaded.config.s0.steps) == ("a", ["s0"], 5)
+    assert (loaded.config.recipe, loaded.config.stages, loaded.config.s0.steps) == ("a", ["s0"], 500)
     assert loaded.sources["recipe"] == "command line"
     assert load_config(["config=mine"], configs_dirs=[folder]).config.stages == ["eval"]
 
@@ -110,7 +110,7 @@ def test_current_directory_goes_before_the_repository_which_is_there_from_anywhe
         ("s0.learning_rate=1E-4", "s0", "learning_rate", 0.0001),
         ("s0.learning_rate=.5", "s0", "learning_rate", 0.5),
         ("s0.learning_rate=1", "s0", "learning_rate", 1.0),
-        ("s0.steps=0012", "s0", "steps", 12),
+        ("s0.steps=001200", "s0", "steps", 1200),
         ("loss.false_negative_margin=null", "loss", "false_negative_margin", None),
         ("loss.false_negative_margin=", "loss", "false_negative_margin", None),
         ("loss.false_negative_margin=0.1", "loss", "false_negative_margin", 0.1),
@@ -161,11 +161,11 @@ def test_home_folder_is_filled_in_where_the_shell_does_not(monkeypatch):
 
 def test_dotted_names_anchors_and_merges_work_in_yaml(tmp_path):
     text = (
-        "s0.steps: 5\nmodel.lora.rank: 4\ndata:\n  tasks:\n    a: &same {format: beir, rows: 3}\n"
+        "s0.steps: 500\nmodel.lora.rank: 4\ndata:\n  tasks:\n    a: &same {format: beir, rows: 3}\n"
         "    b: {<<: *same, rows: 4}\n"
     )
     config = load_config(["config=mine"], configs_dirs=[write(tmp_path, mine=text)]).config
-    assert config.s0.steps == 5 and config.model.lora.rank == 4
+    assert config.s0.steps == 500 and config.model.lora.rank == 4
     assert config.data.tasks == {"a": TaskConfig(format="beir", rows=3), "b": TaskConfig(format="beir", rows=4)}
 
 
@@ -242,3 +242,20 @@ def test_error_is_a_value_error_with_its_problems_apart():
         load_config(["a", "s0.steps=x"])
     assert isinstance(caught.value, ConfigError)
     assert len(caught.value.problems) == 2 and str(caught.value) == "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize("given", ["data.dir=rows", "data.hub=a/b"])
+def test_data_of_the_command_line_bring_their_own_tasks(tmp_path, given):
+    folder = write(
+        tmp_path,
+        data__made="builder: embedded\nquery_max_tokens: 64\ntasks: {made: {}}\n",
+        data__named="hub: x/y\ntasks: {named: {}}\n",
+        mine="use: {data: made}\ndata: {loader_workers: 1}\n",
+        other="use: {data: named}\n",
+    )
+    data = load_config(["config=mine", given], configs_dirs=[folder]).config.data
+    assert (data.builder, data.tasks, data.query_max_tokens, data.loader_workers) == ("", {}, 64, 1)
+    # Built data that the line itself asks for, and tasks that are only described, stay.
+    assert load_config(["config=mine", "data=made", given], configs_dirs=[folder]).config.data.builder == "embedded"
+    assert list(load_config(["config=other", given], configs_dirs=[folder]).config.data.tasks) == ["named"]
+    assert load_config(["config=mine", "data.dir="], configs_dirs=[folder]).config.data.builder == "embedded"

@@ -27,7 +27,7 @@ s1:
   temprature: 0.1
   steps: 0
   learning_rate: 1e-4
-  steps: 5
+  steps: 500
 loss:
   temperature: 0.1
 model:
@@ -155,7 +155,7 @@ def test_wrong_type_says_got_expected_and_what_to_type(argument, expected):
 
 def test_wrong_type_in_a_layer_below_is_found_although_a_layer_above_covers_it(tmp_path, monkeypatch):
     folder = in_folder(tmp_path, monkeypatch, mine="s0:\n  steps: many\n")
-    assert problems_of(["config=mine", "s0.steps=4"], folder) == [
+    assert problems_of(["config=mine", "s0.steps=400"], folder) == [
         "s0.steps in configs/mine.yaml:2 is 'many'; it must be a whole number. Type s0.steps=1000."
     ]
 
@@ -167,10 +167,13 @@ def test_wrong_type_in_a_layer_below_is_found_although_a_layer_above_covers_it(t
         ("s0: a: b\n", "configs/mine.yaml:1 is not YAML: mapping values are not allowed in this context"),
         ("- s0\n", "configs/mine.yaml:1 holds no keys. Write one `key: value` a line."),
         (
-            "s0: {steps: 1}\nseed: 1\ns0: {log_every_steps: 2}\n",
+            "s0: {steps: 100}\nseed: 1\ns0: {log_every_steps: 2}\n",
             "s0 is given twice: in configs/mine.yaml:1 and in configs/mine.yaml:3",
         ),
-        ("s0.steps: 1\ns0: {steps: 2}\n", "s0.steps is given twice: in configs/mine.yaml:1 and in configs/mine.yaml:2"),
+        (
+            "s0.steps: 100\ns0: {steps: 200}\n",
+            "s0.steps is given twice: in configs/mine.yaml:1 and in configs/mine.yaml:2",
+        ),
         (
             "seed: 1\nmodel: minilm\n",
             "model in configs/mine.yaml:2 is 'minilm', but model is a section of keys. "
@@ -222,6 +225,7 @@ def test_unknown_pick_lists_the_nearest_names_and_what_was_perhaps_meant(tmp_pat
         "model=Qwen/Qwen1.5-0.5B": "For a model by its hub id, folder or package type model.name=Qwen/Qwen1.5-0.5B.",
         "data=rows": "For a folder of task files type data.dir=rows.",
         "config=runs": "Type config=runs/config.yaml.",
+        "config=/x/missing.yaml": "there is no file /x/missing.yaml. Type config=demo.",
         "config=dmo": "there is no file dmo.yaml in configs. Type config=demo.",
         "data=": "there is no file <name>.yaml in configs/data. Type data=news.",
     }

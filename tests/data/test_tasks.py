@@ -169,3 +169,9 @@ def test_real_tasks_and_test_sets_open_and_every_row_converts(tmp_path):
     test = open_tasks(DataConfig(dir=str(REAL_DATA / "test"), cache_dir=str(tmp_path), only="scifact,liveqa_med"))
     for task in (*train.values(), *test.values()):
         assert all(task.record(row).positives for row in range(len(task)))
+
+
+def test_task_file_that_data_tasks_replaces_is_reported(tmp_path, caplog):
+    (tmp_path / "tasks.yaml").write_text("old: {}\n")
+    assert list(describe_tasks(DataConfig(dir=str(tmp_path), tasks={"new": TaskConfig()}))) == ["new"]
+    assert caplog.messages == [f"{tmp_path}/tasks.yaml is not read: data.tasks describes the tasks"]

@@ -39,7 +39,7 @@ def test_keys_of_speed_and_place_do_not_count(config):
     "config",
     [
         replace(CONFIG, seed=1),
-        replace(CONFIG, s0=TrainingConfig(steps=7)),
+        replace(CONFIG, s0=TrainingConfig(steps=700)),
         replace(CONFIG, data=DataConfig(query_max_tokens=64)),
         replace(CONFIG, data=DataConfig(tasks={"a.b": TaskConfig(file="x")})),
     ],
@@ -75,6 +75,15 @@ def test_sizes_of_data_files_count_but_not_their_indexes(tmp_path):
     assert keys_of(config, "s0") == before
     (tmp_path / "a.jsonl").write_text("three")
     assert changed_keys(before, keys_of(config, "s0")) == [("size of a.jsonl", 3, 5)]
+
+
+@pytest.mark.parametrize(("section", "stage", "name"), [("data", "s0", "tasks.yaml"), ("eval", "eval", "tests.yaml")])
+def test_content_of_a_description_counts(tmp_path, section, stage, name):
+    config = replace(CONFIG, **{section: replace(getattr(CONFIG, section), dir=str(tmp_path))})
+    (tmp_path / name).write_text("a: {instructions: [One]}")
+    before = keys_of(config, stage)
+    (tmp_path / name).write_text("a: {instructions: [Two]}")  # the same size
+    assert [key for key, _, _ in changed_keys(before, keys_of(config, stage))] == [f"sha256 of {name}"]
 
 
 def test_content_of_a_weights_file_counts(tmp_path):

@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_check_shows_rows_cuts_small_tasks_and_the_model(config, tmp_path, capsys):
-    check_inputs(config, tmp_path / "run")
+    check_inputs(config, tmp_path / "run", "")
     said = capsys.readouterr().out
     assert "2 tasks, 45 rows" in said
     # One token a byte: 300 of the long passages' bytes do not fit into 64; half of the long task's positives are long.
@@ -57,7 +57,10 @@ def test_a_text_that_just_fits_is_not_cut(config):
     assert cut_share(["x" * 19, "x" * 20], tokenizer, limit=20) == 0.5
 
 
-def test_data_set_that_is_not_built_yet_says_what_to_type(config, tmp_path):
+def test_data_set_that_is_not_built_yet_says_what_to_type_and_the_model_is_tried(config, tmp_path, capsys):
     embedded = replace(config, data=DataConfig(builder="embedded"))
-    with pytest.raises(ValueError, match="stage=prepare"):
-        check_inputs(embedded, tmp_path)
+    check_inputs(embedded, tmp_path, "python -m tdro_hpc.submit stage=all data=embedded check=true")
+    said = capsys.readouterr().out
+    assert "comes with stage prepare" in said and "loads:" in said
+    assert "  python -m tdro_hpc.submit data=embedded stage=prepare\n" in said
+    assert "  python -m tdro_hpc.submit stage=all data=embedded check=true\n" in said
