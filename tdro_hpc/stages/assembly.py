@@ -91,14 +91,22 @@ class Training:
 
 
 def assemble(
-    config: Config, stage: Stage, training: TrainingConfig, run_dir: Path, process: Process, *, weights: str
+    config: Config,
+    stage: Stage,
+    training: TrainingConfig,
+    run_dir: Path,
+    process: Process,
+    *,
+    weights: str,
+    tasks: dict[str, Task] | None = None,
 ) -> Training:
     """Open the data, load the encoder from config.model and wrap it for training.
 
     weights  how tasks are drawn: uniform, size, temperature:<exponent>, or a weights JSON
+    tasks    those of data_of(config, run_dir), where the stage has opened them already
     """
     data = data_of(config, run_dir)
-    tasks = open_tasks(data)
+    tasks = open_tasks(data) if tasks is None else tasks
     sizes = [len(task) for task in tasks.values()]
     mixture = Mixture(
         sizes,

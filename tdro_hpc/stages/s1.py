@@ -5,27 +5,36 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from tdro_hpc.atomic import write_json, write_text
 from tdro_hpc.config.schema import Config
 from tdro_hpc.data.batches import Batch
-from tdro_hpc.dro.artefacts import documents_of, percents_of, top_of, write_documents
+from tdro_hpc.data.tasks import open_tasks
+from tdro_hpc.data.tokens import Tokens
+from tdro_hpc.dro.artefacts import check_percents, documents_of, percents_of, write_documents
 from tdro_hpc.dro.reference import CachedReference, OnlineReference, ReferenceLosses, compute_reference_losses
 from tdro_hpc.dro.weights import TaskWeights
 from tdro_hpc.encoders.backbone import load_encoder
-from tdro_hpc.parallel.process import Process, any_rank, wait_for_all
-from tdro_hpc.stages.assembly import Training, assemble
+from tdro_hpc.losses.gradcache import split_by_length
+from tdro_hpc.parallel.process import Process, wait_for_all
+from tdro_hpc.stages.assembly import Training, assemble, data_of
 from tdro_hpc.stages.graph import Stage
 from tdro_hpc.training.metrics import read_rows
 from tdro_hpc.training.step import DroStep, row_losses
 from tdro_hpc.training.stop import Stopped, stop_flag
 
+_HASHED_BYTES = 1 << 20  # read at a time: a model is not taken into memory whole to be hashed
+
 
 def run(config: Config, stage: Stage, run_dir: Path, process: Process) -> None:
     """Learn alpha over the tasks; makes out/weights/*.json and out/model (the proxy)."""
-    training = assemble(config, stage, config.s1, run_dir, process, weights=config.s1.weights)
-    names, percents = list(training.tasks), percents_of(config.s1.top_percents)
+    tasks, percents = open_tasks(data_of(config, run_dir)), percents_of(config.s1.top_percents)
+    check_percents(percents, len(tasks))  # before the model is loaded, not after the training
+    training = assemble(config, stage, config.s1, run_dir, process, weights=config.s1.weights, tasks=tasks)
     weights = TaskWeights(
-        names,
+        list(tasks),
         eta=config.s1.eta,
         measurement=config.s1.measurement,
         initial=None,
@@ -33,8 +42,6 @@ def run(config: Config, stage: Stage, run_dir: Path, process: Process) -> None:
         optimizer=config.s1.weight_optimizer,
         device=process.device,
     )
-    for percent in percents:
-        top_of(weights.current, percent)  # a percent that would keep no task is refused before the training, not after
     reference = _reference(training)
     step = DroStep(training.engine, config.s1, config.loss, training.watch, weights=weights, reference=reference)
     training.run(step, weights=weights)
@@ -59,7 +66,7 @@ def _reference(training: Training) -> ReferenceLosses:
 
 
 class _ReferenceModel:
-    """The model of s0 in evaluation mode: batch -> row losses."""
+    """The model of s0 in evaluation mode: batch -> row losses. Under gradient caching it embeds in the same chunks."""
 
     def __init__(self, training: Training) -> None:
         config, process = training.config, training.process
@@ -68,10 +75,20 @@ class _ReferenceModel:
         self.encoder.eval().requires_grad_(False)
         self.training, self.loss, self.device = training.training, config.loss, process.device
 
-    def __call__(self, batch: Batch):  # noqa: ANN204
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
         batch = batch.to(self.device)
-        embeddings = [self.encoder(batch.query_tokens), self.encoder(batch.passage_tokens)]
+        sides = [(batch.query_tokens, self.loss.chunk_queries), (batch.passage_tokens, self.loss.chunk_passages)]
+        embeddings = [self._embed(tokens, rows) for tokens, rows in sides]
         return row_losses(embeddings, batch, self.training, self.loss)
+
+    def _embed(self, tokens: Tokens, chunk_rows: int) -> Tensor:
+        """[rows, width], in the order of the tokens."""
+        if not self.loss.gradient_cache:
+            return self.encoder(tokens)
+        chunks = split_by_length(tokens, 0, chunk_rows)
+        embedded = torch.cat([self.encoder(chunk.tokens) for chunk in chunks])
+        return torch.empty_like(embedded).index_copy_(0, torch.cat([chunk.rows for chunk in chunks]), embedded)
 
 
 def _compute(training: Training, folder: Path) -> None:
@@ -84,14 +101,14 @@ def _compute(training: Training, folder: Path) -> None:
         _ReferenceModel(training),
         data_rank=training.process.data_rank,
         steps_per_file=training.training.log_every_steps,
-        should_stop=lambda: stop.requested,
+        should_stop=stop.agreed,  # every rank has as many steps, so all ask at the same file boundary
         progress=lambda number: (
             training.metrics.say(f"{stage} reference losses {number}/{steps} steps")
             if training.metrics.first_rank
             else None
         ),
     )
-    if any_rank(not done):
+    if not done:
         raise Stopped(stage, 0, steps, stop.reason or "another rank was asked to stop")
 
 
@@ -101,12 +118,15 @@ def _fingerprint(training: Training) -> str:
     model = training.run_dir / "s0" / "out" / "model"
     content = hashlib.sha256()
     for path in sorted(model.glob("*.safetensors")):
-        content.update(path.read_bytes())
+        with open(path, "rb") as file:
+            while block := file.read(_HASHED_BYTES):
+                content.update(block)
     data = config.data
     keys = {
         "reference": content.hexdigest(),
         "model": asdict(config.model),
         "temperature": config.s1.temperature,
+        "negatives": config.s1.negatives,
         "query_max_tokens": data.query_max_tokens,
         "passage_max_tokens": data.passage_max_tokens,
         "tasks": {name: asdict(task.config) for name, task in training.tasks.items()},
@@ -147,7 +167,8 @@ def _summary(training: Training, weights: TaskWeights) -> str:
         f"{'task':{width}}  share  x uniform  proxy loss  reference loss",
     ]
     for name in sorted(current, key=lambda task: -current[task]):
-        proxy, reference = (last[key].get(name) for key in ("task_loss", "task_reference_loss"))
+        # No reference loss is in the rows where all of them were 0.
+        proxy, reference = (last.get(key, {}).get(name) for key in ("task_loss", "task_reference_loss"))
         words = [f"{value:.4f}" if value is not None else "-" for value in (proxy, reference)]
         lines.append(
             f"{name:{width}}  {current[name]:.3f}  {current[name] / uniform:9.2f}  {words[0]:>10}  {words[1]:>14}"

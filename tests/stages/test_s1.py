@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from tdro_hpc.dro import TaskWeights
 from tdro_hpc.parallel.process import start_process
-from tdro_hpc.stages import s0, s1, s2
+from tdro_hpc.stages import assembly, s0, s1, s2
 from tdro_hpc.stages.graph import stage_graph
 from tdro_hpc.training.finite import NotFiniteError
+from tdro_hpc.training.stop import Stopped
 from tests.distributed.training_run import config_of, write_tasks
 
 
@@ -69,10 +73,52 @@ def test_loss_reweighting_trains_on_uniform_draws_with_factors(trained):
     assert list((folder / "run" / "s2-curr" / "out" / "model").glob("*.safetensors"))
 
 
-def test_percent_that_keeps_no_task_is_refused_before_training(trained, tmp_path):
-    folder, _ = trained
-    with pytest.raises(ValueError, match="top20 of 3 tasks"):
-        run(folder, "s1", "s1.top_percents=20")
+def test_percent_that_keeps_no_task_is_refused_before_the_model_is_loaded(trained, monkeypatch):
+    monkeypatch.setattr(assembly, "load_encoder", None)
+    with pytest.raises(ValueError, match="top20 of 3 tasks.*s1.top_percents=50,70"):
+        run(trained[0], "s1", "s1.top_percents=20,50,70")
+
+
+def test_summary_without_reference_losses_has_dashes(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "task_loss": {"a": 0.5, "b": 0.25}}) + "\n")
+    training = SimpleNamespace(stage_dir=tmp_path, training=SimpleNamespace(config=None))
+    training.training.config = training.config = SimpleNamespace(s1=SimpleNamespace(measurement="loss"))
+    lines = s1._summary(training, TaskWeights(["a", "b"])).splitlines()
+    assert lines[2].split() == ["a", "0.500", "1.00", "0.5000", "-"]
+
+
+def training_of(folder, *more):
+    config = config_of(folder, 1, ["data.loader_workers=0", *more])
+    process = start_process(config.parallel, rank=0, world=1, local_rank=0, rendezvous="")
+    return assembly.assemble(config, stage_graph(config)["s1"], config.s1, folder / "run", process, weights="uniform")
+
+
+def test_reference_in_chunks_gives_the_same_losses_and_never_more_rows(trained, monkeypatch):
+    chunked = ["loss.gradient_cache=true", "loss.chunk_queries=3", "loss.chunk_passages=5"]
+    whole, pieces = (training_of(trained[0], *more) for more in (["loss.gradient_cache=false"], chunked))
+    model, sizes = s1._ReferenceModel(pieces), []
+    model.encoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    batch = whole.batches.batch(0, 0)
+    found = model(batch)
+    torch.testing.assert_close(found, s1._ReferenceModel(whole)(batch), rtol=1e-4, atol=1e-5)
+    assert not found.requires_grad and sizes == [3, 3, 2, 5, 5, 5, 5, 5, 5, 2]
+
+
+def test_cached_losses_of_other_negatives_are_not_read(trained, monkeypatch):
+    training = training_of(trained[0])
+    name = s1._fingerprint(training)
+    monkeypatch.setattr(s1, "_HASHED_BYTES", 1000)  # the size of the pieces does not show
+    assert s1._fingerprint(training) == name
+    assert s1._fingerprint(training_of(trained[0], "s1.negatives=task")) != name
+
+
+def test_stop_in_the_cached_pass_is_agreed_at_a_file_boundary(trained, monkeypatch):
+    asked = []
+    flag = SimpleNamespace(reason="", requested=False, agreed=lambda: asked.append(1) or len(asked) == 2)
+    monkeypatch.setattr(s1, "stop_flag", lambda: flag)
+    with pytest.raises(Stopped, match="another rank"):
+        s1._compute(training_of(trained[0]), trained[0] / "half")
+    assert len(list((trained[0] / "half").iterdir())) == 2
 
 
 def test_infinite_loss_names_task_row_and_step(trained, monkeypatch):
@@ -84,13 +130,13 @@ def test_infinite_loss_names_task_row_and_step(trained, monkeypatch):
     original = s0.ContrastiveStep.__call__
 
     def poisoned(self, number, batches):
-        if number == 4:
+        if number == 4:  # counted from 0
             parameter = next(p for p in self.engine.encoder.parameters() if p.requires_grad)
             parameter.data.fill_(float("nan"))
         return original(self, number, batches)
 
     monkeypatch.setattr(s0.ContrastiveStep, "__call__", poisoned)
-    with pytest.raises(NotFiniteError, match=r"not finite at step 4 for 8 of 8 rows(.|\n)*task (colours|places|tools)"):
+    with pytest.raises(NotFiniteError, match=r"not finite at step 5 for 8 of 8 rows(.|\n)*task (colours|places|tools)"):
         s0.run(config, stage_graph(config)["s0"], run_dir, process)
     kept = sorted(path.name for path in (run_dir / "s0" / "checkpoints").iterdir())
     assert kept == ["step-00000002", "step-00000004"]
