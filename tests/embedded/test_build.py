@@ -59,6 +59,15 @@ def test_every_task_has_rows_of_the_released_form(built: Built):
                 assert set(passage) == {"docid", "title", "text"} and passage["text"]
 
 
+@pytest.mark.slow
+def test_default_build_has_some_thousand_to_fifty_thousand_rows(tmp_path: Path):
+    facts = build.build_embedded(tmp_path, EmbeddedConfig(), seed=0)
+    assert json.loads((tmp_path / "facts.json").read_text("utf-8")) == facts
+    rows = {name: len((tmp_path / "train" / f"{name}.jsonl").read_text("utf-8").splitlines()) for name in build.TASKS}
+    assert rows == {name: told["rows"] for name, told in facts["tasks"].items()}
+    assert 5_000 <= sum(rows.values()) <= 50_000
+
+
 def test_negatives_are_other_texts_than_positives_and_query(built: Built):
     folder, facts = built
     for task in facts["tasks"]:

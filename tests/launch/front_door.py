@@ -18,8 +18,10 @@ PATIENCE_SECONDS = 90.0  # importing torch takes many seconds on a machine that 
 
 
 def line(runs_dir: Path, *words: str, program: str = "submit") -> list[str]:
-    """The command, with a short run and without plots."""
-    keys = [f"runs_dir={runs_dir}", "name=demo", "logging.plots=false", "s0.warmup_steps=0"]
+    """The command, with a short run and, unless a word asks for them, without plots."""
+    keys = [f"runs_dir={runs_dir}", "name=demo", "s0.warmup_steps=0"]
+    if "logging.plots=true" not in words:
+        keys.append("logging.plots=false")
     first = [word for word in words if "=" not in word]
     rest = [word for word in words if "=" in word]
     return [sys.executable, "-m", "tests.launch.counting", program, *first, *rest, *keys]

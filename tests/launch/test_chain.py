@@ -242,3 +242,19 @@ def test_force_makes_again_and_what_is_wanted_of_it_too(tmp_path):
     assert submit(tmp_path, *words)[0] == 0
     assert len(job_rows(tmp_path, "s1")) == 2
     assert json.loads((tmp_path / "demo" / "s1" / "DONE.json").read_text())["inputs"]["s0"] != first
+
+
+def test_report_shows_a_stage_that_failed_or_stopped(tmp_path):
+    words = ("stage=s0", f"s0.steps={STEPS}", "s0.save_every_steps=2", "logging.plots=true")
+    orders = tmp_path / "demo" / "orders.json"
+    orders.parent.mkdir()
+    orders.write_text(json.dumps({"stage": "s0", "rank": 0, "step": 3, "how": "raise"}))
+    report = tmp_path / "demo" / "report.html"
+    code, said = submit(tmp_path, *words)
+    assert code == 1, said
+    assert 'class="failed"' in report.read_text() and "the loss is not finite" in report.read_text()
+    with front_door(tmp_path, *words) as door:
+        wait_for(lambda: steps_done(tmp_path, "s0") >= 5)
+        door.send_signal(signal.SIGINT)
+        assert finish(door)[0] == 130
+    assert 'class="stopped"' in report.read_text() and 'class="failed"' not in report.read_text()
