@@ -15,7 +15,9 @@ from tdro_hpc.stages.graph import stage_graph
 from tests.launch.counting import counting_graph
 from tests.launch.front_door import ROOT, job_rows, line, steps_done, wait_for
 
-CONFIG = Config(name="demo", s0=TrainingConfig(steps=30, save_every_steps=5), logging=LoggingConfig(plots=False))
+CONFIG = Config(
+    name="demo", s0=TrainingConfig(steps=30, warmup_steps=3, save_every_steps=5), logging=LoggingConfig(plots=False)
+)
 
 
 def planned(runs_dir: Path, stage: str, config: Config = CONFIG) -> Path:
