@@ -13,6 +13,8 @@ from tests.distributed.training_run import write_tasks
 SCRIPT = "training_run.py"
 NO_DROPOUT = ["model.lora.dropout=0"]  # ranks draw dropout for their own rows
 CHAIN = ["s0:run", "s1:run", "s2-curr:run"]
+CHUNKED = ["loss.gradient_cache=true", "loss.chunk_queries=3", "loss.chunk_passages=5", "s0:chunked", "s1:chunked"]
+RATIOS = ["loss.gradient_cache=false", "s1.measurement=mean_of_ratios", "s1:ratios"]
 
 
 def rows_of(path: Path):
@@ -29,7 +31,9 @@ def runs(tmp_path_factory):
     for world in (1, 2):
         folders[world] = tmp_path_factory.mktemp(f"ranks{world}")
         write_tasks(folders[world] / "data")
-        run_ranks(SCRIPT, folders[world], world, [*CHAIN, *NO_DROPOUT])
+        (folders[world] / "ratios").mkdir()
+        (folders[world] / "ratios" / "s0").symlink_to(folders[world] / "run" / "s0")
+        run_ranks(SCRIPT, folders[world], world, [*NO_DROPOUT, *CHAIN, *CHUNKED, *RATIOS])
     return folders
 
 
@@ -43,8 +47,27 @@ def test_loss_and_model_are_those_of_one_rank(runs, stage):
         torch.testing.assert_close(tensor, models[1][name], rtol=1e-3, atol=1e-4)
 
 
-def test_alpha_is_that_of_one_rank(runs):
-    alphas = [rows_of(runs[world] / "run" / "s1" / "trajectory.jsonl") for world in (1, 2)]
+@pytest.mark.parametrize("stage", ["s0", "s1"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_gradient_caching_trains_the_same_model(runs, world, stage):
+    whole, chunked = (runs[world] / run / stage for run in ("run", "chunked"))
+    rows = [rows_of(folder / "metrics.jsonl") for folder in (whole, chunked)]
+    for key in ("loss", "grad_norm"):
+        one, other = ([row[key] for row in part] for part in rows)
+        assert one == pytest.approx(other, rel=1e-4)  # float32 sums in another order, 7 steps of Adam
+    if stage == "s1":
+        alphas = [rows_of(folder / "trajectory.jsonl")[-1]["alpha"] for folder in (whole, chunked)]
+        assert alphas[0] == pytest.approx(alphas[1], rel=1e-4)
+
+
+def test_measurements_differ(runs):
+    alphas = [rows_of(runs[1] / run / "s1" / "trajectory.jsonl")[-1]["alpha"] for run in ("run", "ratios")]
+    assert alphas[0] != pytest.approx(alphas[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("run", ["run", "ratios"])
+def test_alpha_is_that_of_one_rank(runs, run):
+    alphas = [rows_of(runs[world] / run / "s1" / "trajectory.jsonl") for world in (1, 2)]
     assert len(alphas[0]) == 7
     for one, two in zip(*alphas, strict=True):
         assert one["alpha"] == pytest.approx(two["alpha"], rel=1e-4)
@@ -59,7 +82,7 @@ def test_cached_reference_gives_the_same_alpha(runs):
     folder = runs[2]
     (folder / "cached").mkdir()
     (folder / "cached" / "s0").symlink_to(folder / "run" / "s0")
-    run_ranks(SCRIPT, folder, 2, ["s1:cached", "s1.reference_losses=cached", *NO_DROPOUT])
+    run_ranks(SCRIPT, folder, 2, [*NO_DROPOUT, "s1.reference_losses=cached", "s1:cached"])
     online, cached = (rows_of(folder / run / "s1" / "trajectory.jsonl") for run in ("run", "cached"))
     for one, other in zip(online, cached, strict=True):
         assert one["alpha"] == pytest.approx(other["alpha"], rel=1e-6)

@@ -44,11 +44,16 @@ def steps_of_checkpoints(stage: Path):
     return sorted(int(path.name[5:]) for path in stage.glob("checkpoints/step-*"))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_interrupted_equals_unbroken(world: int, tmp_path: Path):
+@pytest.mark.parametrize(("world", "signals"), [(1, ("SIGTERM", "SIGINT")), (2, ("SIGINT", "SIGUSR2"))])
+def test_interrupted_equals_unbroken(world: int, signals: tuple[str, str], tmp_path: Path):
     write_tasks(tmp_path / "data")
-    # One launch: the unbroken s0 and s1, then both again with SIGUSR2 to the last rank in the middle of a step.
-    run_ranks(SCRIPT, tmp_path, world, ["s0:unbroken", "s1:unbroken", "s0:signal:2", "s1:signal:4"])
+    # One launch: the unbroken s0 and s1, then both again with a signal to the last rank in the middle of a step.
+    run_ranks(
+        SCRIPT,
+        tmp_path,
+        world,
+        ["s0:unbroken", "s1:unbroken", f"s0:signal:2:{signals[0]}", f"s1:signal:4:{signals[1]}"],
+    )
     for stage in ("s0", "s1"):
         assert_same_bits(tmp_path / "unbroken" / stage, tmp_path / "signal" / stage)
     # kill -9 of every rank while s1 runs, some time after its first checkpoint; then the same line.

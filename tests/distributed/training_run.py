@@ -1,6 +1,7 @@
 """One rank of a training run for the tests: python training_run.py <folder> <rank> <world> <rendezvous> <what> ...
 
-what  <stage>:<run>[:<stop after step>] ...; with a step, this rank gets SIGUSR2 after it and the stage is run again.
+what  <stage>:<run>[:<stop after step>:<signal>] ...; with a step, the last rank gets the signal after it, and the stage
+is run again. A word with = is a setting for the stages after it.
 """
 
 import json
@@ -61,39 +62,42 @@ def config_of(folder: Path, world: int, more: list[str]) -> Config:
     return load_config([*arguments, *more]).config
 
 
-def stop_after(step: int) -> None:
-    """Send SIGUSR2 to this process once, in the middle of the next step after `step`."""
+def stop_after(step: int, name: str) -> None:
+    """Send the signal to this process once, in the middle of the next step after `step`."""
     original = loop.seed_step
 
     def seed_and_signal(seed: int, number: int, rank: int) -> None:
         original(seed, number, rank)
         if number == step:
             loop.seed_step = original
-            os.kill(os.getpid(), signal.SIGUSR2)
+            os.kill(os.getpid(), signal.Signals[name])
 
     loop.seed_step = seed_and_signal
 
 
 def main() -> None:
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    more = [word for word in sys.argv[5:] if "=" in word]
-    config = config_of(folder, world, more)
-    graph = stage_graph(config)
+    settings: dict[str, str] = {}
+    config = config_of(folder, world, [])
     flag = install_stop_handlers()
     process = start_process(config.parallel, rank=rank, world=world, local_rank=rank, rendezvous=sys.argv[4])
     for word in sys.argv[5:]:
         if "=" in word:
+            settings[word.split("=")[0]] = word
             continue
+        config = config_of(folder, world, list(settings.values()))
+        graph = stage_graph(config)
         stage, run, *step = word.split(":")
         run_dir = folder / run
         (run_dir / stage).mkdir(parents=True, exist_ok=True)
         if step and rank == world - 1:
-            stop_after(int(step[0]))
+            stop_after(int(step[0]), step[1])
         try:
             STAGES[stage].run(config, graph[stage], run_dir, process)
             assert not step, f"{word} was not stopped"
         except Stopped as stopped:
             assert step and stopped.step == int(step[0]) + 1, str(stopped)
+            assert stopped.reason == (step[1] if rank == world - 1 else "another rank was asked to stop"), str(stopped)
             flag.reason = ""
             STAGES[stage].run(config, graph[stage], run_dir, process)
     (folder / f"ended-{rank}").touch()
