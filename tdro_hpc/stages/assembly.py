@@ -107,16 +107,7 @@ def assemble(
     """
     data = data_of(config, run_dir)
     tasks = open_tasks(data) if tasks is None else tasks
-    sizes = [len(task) for task in tasks.values()]
-    mixture = Mixture(
-        sizes,
-        weights_of(weights, list(tasks), sizes).tolist(),
-        rows_per_micro_step=training.queries_per_rank * process.data_size,
-        micro_steps=training.accumulation_steps,
-        batching=training.batching,
-        stratified=training.stratified,
-        seed=config.seed,
-    )
+    mixture = _mixture_of(tasks, weights, training, process, seed=config.seed)
     tokenizer = load_tokenizer(config.model)
     batches = Batches(
         tasks,
@@ -153,6 +144,21 @@ def assemble(
         engine=TorchEngine(encoder, process, training),
         metrics=metrics,
         watch=FiniteWatch(list(tasks), process.device),
+    )
+
+
+def _mixture_of(
+    tasks: dict[str, Task], weights: str, training: TrainingConfig, process: Process, *, seed: int
+) -> Mixture:
+    sizes = [len(task) for task in tasks.values()]
+    return Mixture(
+        sizes,
+        weights_of(weights, list(tasks), sizes).tolist(),
+        rows_per_micro_step=training.queries_per_rank * process.data_size,
+        micro_steps=training.accumulation_steps,
+        batching=training.batching,
+        stratified=training.stratified,
+        seed=seed,
     )
 
 
