@@ -139,8 +139,8 @@ def _twice(path: KeyPath, first: str, second: str) -> str:
 
 def _entries(path: KeyPath, node: yaml.Node, file: str | None, problems: list[str], line: int = 1) -> list[Entry]:
     """Entries below a node: sections are opened, anything else is one entry; file None = command line."""
-    inside = isinstance(node, yaml.MappingNode) and (not path or is_section(path)) and bool(node.value)
-    if not inside:
+    is_open = not path or is_section(path)
+    if not (isinstance(node, yaml.MappingNode) and is_open and node.value):
         return [Entry(path, node, COMMAND_LINE if file is None else f"{file}:{line}")]
     found: list[Entry] = []
     lines: dict[KeyPath, int] = {}
