@@ -6,6 +6,9 @@ appendix) or, where the paper is silent, those of its released scripts.
 
 from dataclasses import dataclass, field
 
+from tdro_hpc.config.bounds import above, at_least, between, one_of, require
+from tdro_hpc.config.cluster import ClusterConfig
+
 POOLINGS = ("last", "mean", "cls")
 SIMILARITIES = ("cosine", "dot")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -15,36 +18,6 @@ BATCHINGS = ("homogeneous", "mixed")
 MEASUREMENTS = ("ratio_of_means", "mean_of_ratios", "excess", "loss")
 WEIGHT_OPTIMIZERS = ("sgd", "adamw", "adagrad", "rmsprop")
 FORMATS = ("tdro", "llm_embedder", "pairs", "beir", "msmarco")
-
-
-def require(problems: list[str]) -> None:
-    """Raise one ValueError with all problems of a section, a line each; nothing when there is none."""
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def _one_of(key: str, value: str, choices: tuple[str, ...]) -> list[str]:
-    if value in choices:
-        return []
-    return [f"{key} is {value!r}; it must be one of {', '.join(choices)}."]
-
-
-def _above(key: str, value: float, bound: float, usual: str) -> list[str]:
-    if value > bound:
-        return []
-    return [f"{key} is {value}; it must be > {bound:g} (usual: {usual})."]
-
-
-def _at_least(key: str, value: float, bound: float, usual: str) -> list[str]:
-    if value >= bound:
-        return []
-    return [f"{key} is {value}; it must be >= {bound:g} (usual: {usual})."]
-
-
-def _between(key: str, value: float, low: float, high: float, usual: str) -> list[str]:
-    if low <= value <= high:
-        return []
-    return [f"{key} is {value}; it must lie between {low:g} and {high:g} (usual: {usual})."]
 
 
 @dataclass(frozen=True)
@@ -59,9 +32,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(
-            _at_least("model.lora.rank", self.rank, 1, "8 to 64")
-            + _above("model.lora.alpha", self.alpha, 0, "16 to 64")
-            + _between("model.lora.dropout", self.dropout, 0, 0.99, "0 to 0.1")
+            at_least("model.lora.rank", self.rank, 1, "8 to 64")
+            + above("model.lora.alpha", self.alpha, 0, "16 to 64")
+            + between("model.lora.dropout", self.dropout, 0, 0.99, "0 to 0.1")
         )
 
 
@@ -85,12 +58,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(
-            _one_of("model.pooling", self.pooling, POOLINGS)
-            + _one_of("model.similarity", self.similarity, SIMILARITIES)
-            + _one_of("model.padding_side", self.padding_side, ("right", "left"))
-            + _one_of("model.attention", self.attention, ATTENTIONS)
-            + _one_of("model.autocast", self.autocast, DTYPES)
-            + _one_of("model.weights_dtype", self.weights_dtype, DTYPES)
+            one_of("model.pooling", self.pooling, POOLINGS)
+            + one_of("model.similarity", self.similarity, SIMILARITIES)
+            + one_of("model.padding_side", self.padding_side, ("right", "left"))
+            + one_of("model.attention", self.attention, ATTENTIONS)
+            + one_of("model.autocast", self.autocast, DTYPES)
+            + one_of("model.weights_dtype", self.weights_dtype, DTYPES)
         )
 
 
@@ -111,10 +84,10 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         require(
-            _one_of("format", self.format, FORMATS)
-            + _one_of("negatives", self.negatives, ("stage", "group"))
-            + _at_least("query_max_tokens", self.query_max_tokens, 0, "0 or 32 to 512")
-            + _at_least("passage_max_tokens", self.passage_max_tokens, 0, "0 or 64 to 1024")
+            one_of("format", self.format, FORMATS)
+            + one_of("negatives", self.negatives, ("stage", "group"))
+            + at_least("query_max_tokens", self.query_max_tokens, 0, "0 or 32 to 512")
+            + at_least("passage_max_tokens", self.passage_max_tokens, 0, "0 or 64 to 1024")
         )
 
 
@@ -136,11 +109,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(
-            _one_of("data.on_bad_row", self.on_bad_row, ("raise", "skip"))
-            + _one_of("data.builder", self.builder, ("", "embedded"))
-            + _at_least("data.query_max_tokens", self.query_max_tokens, 2, "32 to 512")
-            + _at_least("data.passage_max_tokens", self.passage_max_tokens, 2, "64 to 1024")
-            + _at_least("data.loader_workers", self.loader_workers, 0, "0 to 4")
+            one_of("data.on_bad_row", self.on_bad_row, ("raise", "skip"))
+            + one_of("data.builder", self.builder, ("", "embedded"))
+            + at_least("data.query_max_tokens", self.query_max_tokens, 2, "32 to 512")
+            + at_least("data.passage_max_tokens", self.passage_max_tokens, 2, "64 to 1024")
+            + at_least("data.loader_workers", self.loader_workers, 0, "0 to 4")
         )
 
 
@@ -155,31 +128,11 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require(
-            _one_of("parallel.engine", self.engine, ("torch",))
-            + _one_of("parallel.backend", self.backend, ("auto", "gloo", "nccl"))
-            + _at_least("parallel.threads_per_rank", self.threads_per_rank, 0, "0")
-            + _at_least("parallel.timeout_seconds", self.timeout_seconds, 10, "600 to 3600")
+            one_of("parallel.engine", self.engine, ("torch",))
+            + one_of("parallel.backend", self.backend, ("auto", "gloo", "nccl"))
+            + at_least("parallel.threads_per_rank", self.threads_per_rank, 0, "0")
+            + at_least("parallel.timeout_seconds", self.timeout_seconds, 10, "600 to 3600")
         )
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    """The machines that a stage gets."""
-
-    executor: str = "local"  # local = processes on this machine
-    nodes: int = 1  # machines of one stage; 1 with executor=local
-    gpus_per_node: int = 0  # 0 = no GPU
-    ranks_per_node: int = 0  # processes on one node; 0 = gpus_per_node, or 1 without GPUs
-
-    def __post_init__(self) -> None:
-        require(
-            _one_of("cluster.executor", self.executor, ("local",))
-            + _at_least("cluster.nodes", self.nodes, 1, "1 to 4")
-            + _at_least("cluster.gpus_per_node", self.gpus_per_node, 0, "0 to 8")
-            + _at_least("cluster.ranks_per_node", self.ranks_per_node, 0, "0")
-        )
-        if self.executor == "local" and self.nodes != 1:
-            raise ValueError(f"cluster.nodes is {self.nodes}; cluster=local has one node. Set cluster.nodes=1.")
 
 
 @dataclass(frozen=True)
@@ -195,8 +148,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         require(
-            _at_least("loss.chunk_queries", self.chunk_queries, 1, "8 to 256")
-            + _at_least("loss.chunk_passages", self.chunk_passages, 1, "8 to 256")
+            at_least("loss.chunk_queries", self.chunk_queries, 1, "8 to 256")
+            + at_least("loss.chunk_passages", self.chunk_passages, 1, "8 to 256")
         )
 
 
@@ -229,24 +182,24 @@ class TrainingConfig:
         """Everything wrong with the values, in words; `stage` is put before the key, as in s0.steps."""
         at = f"{stage}."
         return (
-            _at_least(at + "steps", self.steps, 1, "1000")
-            + _at_least(at + "queries_per_rank", self.queries_per_rank, 1, "16 to 256")
-            + _at_least(at + "accumulation_steps", self.accumulation_steps, 1, "1 to 16")
-            + _at_least(at + "passages_per_query", self.passages_per_query, 1, "2 to 8")
-            + _one_of(at + "batching", self.batching, BATCHINGS)
-            + _one_of(at + "negatives", self.negatives, NEGATIVES)
-            + _above(at + "temperature", self.temperature, 0, "0.002 to 0.05")
-            + _above(at + "learning_rate", self.learning_rate, 0, "1e-5 to 1e-3")
-            + _between(at + "min_learning_rate_ratio", self.min_learning_rate_ratio, 0, 1, "0.1")
-            + _at_least(at + "warmup_steps", self.warmup_steps, 0, "100")
-            + _at_least(at + "weight_decay", self.weight_decay, 0, "0.1")
-            + _between(at + "adam_beta1", self.adam_beta1, 0, 0.9999, "0.9")
-            + _between(at + "adam_beta2", self.adam_beta2, 0, 0.999999, "0.999")
-            + _above(at + "adam_epsilon", self.adam_epsilon, 0, "1e-8")
-            + _at_least(at + "max_grad_norm", self.max_grad_norm, 0, "1.0; 0 = off")
-            + _at_least(at + "save_every_steps", self.save_every_steps, 1, "100 to 1000")
-            + _at_least(at + "keep_checkpoints", self.keep_checkpoints, 1, "2")
-            + _at_least(at + "log_every_steps", self.log_every_steps, 1, "10")
+            at_least(at + "steps", self.steps, 1, "1000")
+            + at_least(at + "queries_per_rank", self.queries_per_rank, 1, "16 to 256")
+            + at_least(at + "accumulation_steps", self.accumulation_steps, 1, "1 to 16")
+            + at_least(at + "passages_per_query", self.passages_per_query, 1, "2 to 8")
+            + one_of(at + "batching", self.batching, BATCHINGS)
+            + one_of(at + "negatives", self.negatives, NEGATIVES)
+            + above(at + "temperature", self.temperature, 0, "0.002 to 0.05")
+            + above(at + "learning_rate", self.learning_rate, 0, "1e-5 to 1e-3")
+            + between(at + "min_learning_rate_ratio", self.min_learning_rate_ratio, 0, 1, "0.1")
+            + at_least(at + "warmup_steps", self.warmup_steps, 0, "100")
+            + at_least(at + "weight_decay", self.weight_decay, 0, "0.1")
+            + between(at + "adam_beta1", self.adam_beta1, 0, 0.9999, "0.9")
+            + between(at + "adam_beta2", self.adam_beta2, 0, 0.999999, "0.999")
+            + above(at + "adam_epsilon", self.adam_epsilon, 0, "1e-8")
+            + at_least(at + "max_grad_norm", self.max_grad_norm, 0, "1.0; 0 = off")
+            + at_least(at + "save_every_steps", self.save_every_steps, 1, "100 to 1000")
+            + at_least(at + "keep_checkpoints", self.keep_checkpoints, 1, "2")
+            + at_least(at + "log_every_steps", self.log_every_steps, 1, "10")
             + self._warmup_problems(at)
         )
 
@@ -279,11 +232,11 @@ class S1Config(TrainingConfig):
     def problems(self, stage: str) -> list[str]:
         return (
             super().problems(stage)
-            + _above("s1.eta", self.eta, 0, "0.02")
-            + _one_of("s1.measurement", self.measurement, MEASUREMENTS)
-            + _one_of("s1.weight_optimizer", self.weight_optimizer, WEIGHT_OPTIMIZERS)
-            + _between("s1.ema", self.ema, 0, 1, "0.1")
-            + _one_of("s1.reference_losses", self.reference_losses, ("online", "cached"))
+            + above("s1.eta", self.eta, 0, "0.02")
+            + one_of("s1.measurement", self.measurement, MEASUREMENTS)
+            + one_of("s1.weight_optimizer", self.weight_optimizer, WEIGHT_OPTIMIZERS)
+            + between("s1.ema", self.ema, 0, 1, "0.1")
+            + one_of("s1.reference_losses", self.reference_losses, ("online", "cached"))
             + self._cached_problems()
         )
 
@@ -304,7 +257,7 @@ class S2Config(TrainingConfig):
     transfer: str = "sampling"  # sampling = tasks are drawn by weight; loss = drawn uniformly, loss times k x weight
 
     def problems(self, stage: str) -> list[str]:
-        return super().problems(stage) + _one_of("s2.transfer", self.transfer, ("sampling", "loss"))
+        return super().problems(stage) + one_of("s2.transfer", self.transfer, ("sampling", "loss"))
 
 
 @dataclass(frozen=True)
@@ -324,11 +277,11 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require(
-            _at_least("eval.query_max_tokens", self.query_max_tokens, 2, "64 to 512")
-            + _at_least("eval.passage_max_tokens", self.passage_max_tokens, 2, "128 to 512")
-            + _at_least("eval.batch_tokens", self.batch_tokens, 1, "4096 to 65536")
-            + _at_least("eval.top_k", self.top_k, 100, "1000")
-            + _one_of("eval.search", self.search, ("auto", "faiss", "torch"))
+            at_least("eval.query_max_tokens", self.query_max_tokens, 2, "64 to 512")
+            + at_least("eval.passage_max_tokens", self.passage_max_tokens, 2, "128 to 512")
+            + at_least("eval.batch_tokens", self.batch_tokens, 1, "4096 to 65536")
+            + at_least("eval.top_k", self.top_k, 100, "1000")
+            + one_of("eval.search", self.search, ("auto", "faiss", "torch"))
         )
 
 
@@ -343,10 +296,10 @@ class EmbeddedConfig:
 
     def __post_init__(self) -> None:
         require(
-            _at_least("embedded.max_rows_per_task", self.max_rows_per_task, 50, "2500")
-            + _at_least("embedded.test_queries", self.test_queries, 10, "150")
-            + _at_least("embedded.test_documents", self.test_documents, 50, "1200")
-            + _at_least("embedded.hard_negatives", self.hard_negatives, 1, "8")
+            at_least("embedded.max_rows_per_task", self.max_rows_per_task, 50, "2500")
+            + at_least("embedded.test_queries", self.test_queries, 10, "150")
+            + at_least("embedded.test_documents", self.test_documents, 50, "1200")
+            + at_least("embedded.hard_negatives", self.hard_negatives, 1, "8")
         )
 
 

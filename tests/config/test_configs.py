@@ -33,7 +33,7 @@ def test_reference_files_hold_the_defaults(name):
 
 def test_every_key_of_the_schema_stands_in_a_reference_file():
     found = set().union(*(given_keys(f"config={name}") for name in REFERENCE))
-    found |= given_keys("model=qwen1.5-0.5b") | given_keys("parallel=ddp") | given_keys("cluster=local")
+    found |= given_keys("model=qwen1.5-0.5b") | given_keys("parallel=ddp") | given_keys("cluster=slurm")
     assert found == set(KEYS)
 
 
