@@ -5,6 +5,7 @@ Pure but for parameter counts, which come from the headers of model files on thi
 
 from tdro_hpc.config.checks import labels_of_s2
 from tdro_hpc.config.model_size import trained_parameters
+from tdro_hpc.config.resources import ranks_per_node, resource_lines
 from tdro_hpc.config.schema import Config, TrainingConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -18,12 +19,12 @@ def ranks_of(config: Config, stage_ranks: str = "all") -> int:
     stage_ranks   all = every rank of the cluster profile; one = a single process
     """
     assert stage_ranks in ("all", "one"), f"ranks of a stage are all or one, not {stage_ranks}"
-    return 1 if stage_ranks == "one" else config.cluster.nodes * _ranks_per_node(config)[0]
+    return 1 if stage_ranks == "one" else config.cluster.nodes * ranks_per_node(config.cluster)[0]
 
 
 def ranks_equation(config: Config) -> str:
     """Processes of a stage that runs on all ranks."""
-    per_node, key = _ranks_per_node(config)
+    per_node, key = ranks_per_node(config.cluster)
     return f"ranks {ranks_of(config):,} = {_counted(config.cluster.nodes, 'node')} x {per_node:,} {key}"
 
 
@@ -94,14 +95,14 @@ def disk_equation(config: Config, section: TrainingConfig) -> str:
 
 
 def plan_lines(config: Config, kind: str) -> list[str]:
-    """Equations of one stage, a line each; none for prepare.
+    """Equations of one stage, a line each; for prepare only those of a Slurm job.
 
     kind   prepare, s0, s1, s2, eval
     """
     if kind == "prepare":
-        return []
+        return resource_lines(config.cluster, "one")
     if kind == "eval":
-        return [_models_equation(config)]
+        return [_models_equation(config), *resource_lines(config.cluster)]
     section: TrainingConfig = getattr(config, kind)
     ranks = ranks_of(config)
     return [
@@ -110,16 +111,8 @@ def plan_lines(config: Config, kind: str) -> list[str]:
         negatives_equation(config, section, ranks),
         samples_equation(section, ranks),
         disk_equation(config, section),
+        *resource_lines(config.cluster),
     ]
-
-
-def _ranks_per_node(config: Config) -> tuple[int, str]:
-    """Processes on one node, and the key that says so."""
-    if config.cluster.ranks_per_node:
-        return config.cluster.ranks_per_node, "ranks_per_node"
-    if config.cluster.gpus_per_node:
-        return config.cluster.gpus_per_node, "gpus_per_node"
-    return 1, "rank a node (no GPU)"
 
 
 def _tasks_with_own_negatives(config: Config) -> list[str]:

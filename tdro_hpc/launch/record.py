@@ -20,7 +20,6 @@ from typing import Any
 import tdro_hpc
 from tdro_hpc.atomic import write_json
 from tdro_hpc.config.schema import Config
-from tdro_hpc.launch.commands import output_of
 from tdro_hpc.launch.jobs import (
     JOBS,
     last_row,
@@ -31,6 +30,7 @@ from tdro_hpc.launch.jobs import (
     seconds_spent,
 )
 from tdro_hpc.launch.keys import hash_of, result_keys
+from tdro_hpc.launch.snapshot import code_version_of
 from tdro_hpc.launch.stage import Stage
 
 DONE, FAILED, STALE = "DONE.json", "FAILED.json", "STALE.json"
@@ -247,13 +247,8 @@ def inputs_of(stage: Stage, run_dir: Path) -> dict[str, str]:
 
 
 def code_version() -> str:
-    """Git commit of the code in use, with `-dirty` when files differ from it; the package's version without git."""
-    root = Path(tdro_hpc.__file__).parent.parent
-    if (root / ".git").exists():
-        described = output_of(["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"], folder=root)
-        if described:
-            return described
-    return f"version {tdro_hpc.__version__}"
+    """Version of the code in use: the commit, with `-dirty-<hash>` when files differ from it; that of a snapshot."""
+    return code_version_of(Path(tdro_hpc.__file__).resolve().parent.parent)
 
 
 def _files_below(path: Path) -> list[Path]:
