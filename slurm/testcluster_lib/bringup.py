@@ -141,7 +141,8 @@ def start_mariadbd(settings: Settings, deadline: float) -> None:
     data = settings.path / "mysql"
     common = ["--no-defaults", f"--datadir={data}/data", "--user=root"]
     if not (data / "made").exists():
-        made = run(settings, "mariadb-install-db", *common, "--skip-test-db", "--auth-root-authentication-method=normal")
+        quiet = ["--skip-test-db", "--auth-root-authentication-method=normal"]
+        made = run(settings, "mariadb-install-db", *common, *quiet)
         if made.returncode != 0:
             raise Failure(f"mariadb-install-db failed:\n{made.stdout}{made.stderr}")
         (data / "made").touch()
@@ -172,7 +173,7 @@ def start_slurmdbd(settings: Settings, deadline: float) -> None:
 
 
 def wait_for(settings: Settings, names: list[str], ready: Callable[[], bool], *, deadline: float) -> None:
-    """Waits until `ready`.  raises Failure with the end of its log if a daemon dies, or with all states when it is late."""
+    """Waits until `ready`.  raises Failure, with the end of its log if a daemon dies, with all states when late."""
     while not ready():
         for name in names:
             if pid_of(settings, name) is None:
@@ -180,6 +181,7 @@ def wait_for(settings: Settings, names: list[str], ready: Callable[[], bool], *,
                 raise Failure(f"{name} ended by itself. The end of {log}:\n{daemons.tail(log)}")
         if time.monotonic() > deadline:
             states = node_states(settings) or "slurmctld does not answer"
-            logs = "\n".join(f"{log_of(settings, name)}:\n{daemons.tail(log_of(settings, name))}" for name in names[-2:])
+            files = [log_of(settings, name) for name in names[-2:]]
+            logs = "\n".join(f"{file}:\n{daemons.tail(file)}" for file in files)
             raise Failure(f"not up after {settings.up_seconds} s; nodes: {states}. The ends of the logs:\n{logs}")
         time.sleep(0.1)

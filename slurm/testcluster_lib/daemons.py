@@ -63,7 +63,7 @@ def environment_of(settings: Settings) -> dict[str, str]:
 def start(settings: Settings, daemon: str, command: list[str], *, host: str) -> int:
     """Starts a daemon in its own session and in new namespaces in which this machine is called `host`; its process id.
 
-    /etc/slurm is the cluster's too, for jobs that do not inherit SLURM_CONF.
+    /etc/slurm is the cluster's too, for jobs that clear all SLURM_ variables before they submit others.
     """
     hosts, etc = shlex.quote(str(hosts_file(settings, host))), shlex.quote(str(settings.path / "etc"))
     script = (
@@ -96,6 +96,8 @@ def members_of(settings: Settings, hosts: Iterable[str]) -> set[int]:
             marks.add((status.st_dev, status.st_ino))
     found = set()
     for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdigit()):
+        if pid == os.getpid():
+            continue
         try:
             status = os.stat(f"/proc/{pid}/root/etc/hosts")
         except OSError:

@@ -153,7 +153,7 @@ def gres_conf(settings: Settings) -> str:
 
 
 def cgroup_conf() -> str:
-    """Text of cgroup.conf: unused, but the plugin for version 2 would ask for systemd; since 23.11 it can be disabled."""
+    """Text of cgroup.conf: unused, but version 2 would ask for systemd; since 23.11 it can be disabled."""
     told = subprocess.run(
         ["slurmctld", "-V"], capture_output=True, text=True, env={**os.environ, "PATH": SEARCH_PATH}
     ).stdout

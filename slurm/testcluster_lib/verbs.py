@@ -88,8 +88,10 @@ def up(words: list[str]) -> int:
         print(f"already up: {bringup.summary(settings)}")
         return 0
     install(accounting=settings.accounting)
+    bringup.check_ports(settings)
     settings.path.mkdir(parents=True, exist_ok=True)
     with locked(settings.path):
+        # Another `up` may have been at work while this one waited.
         settings = settings_of(values)
         bringup.check_ports(settings)
         write_files(settings)
@@ -236,6 +238,10 @@ def run_verb(verb: str, words: list[str]) -> int:
         raise unknown("word", verb, list(VERBS), typed=f"{COMMAND} %s")
     try:
         return VERBS[verb](words)
+    except BrokenPipeError:
+        # Whoever read the output has left, as in `status | head`: Python must not complain about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except PermissionError as error:
         raise Failure(f"{error}. Type: sudo {COMMAND} {verb}") from error
     except OSError as error:
