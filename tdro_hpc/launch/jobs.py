@@ -1,8 +1,14 @@
 """Jobs of one stage: rows of jobs.jsonl, which of them is alive, and the lock that keeps a second copy away.
 
-{"event": "start", "job", "pid", "started", "host", "attempt", "ranks", "keys", "inputs", "fresh", "time"}
-{"event": "end", "job", "attempt", "exit_codes", "time"}        written by what supervises the ranks
-{"event": "stopped", "job", "step", "steps", "reason", "time"}  written by rank 0
+{"event": "submit", "job", "executor": "slurm", "keys", "fresh", "after", "link", "links", "max_restarts", "code"}
+{"event": "start", "job", "executor", "pid", "started", "host", "attempt", "restart", "ranks", "keys", "inputs",
+ "fresh"}
+{"event": "stopped", "job", "step", "steps", "reason", "then"}
+{"event": "end", "job", "exit_codes"}
+{"event": "cancelled", "job", "reason"}
+
+Each has a "time" besides. `submit` and `cancelled` are written by the front door, `stopped` by rank 0, `start` by rank 0
+of a Slurm job and by the front door for a local one, `end` by what supervises the ranks.
 """
 
 import fcntl
@@ -11,12 +17,15 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tdro_hpc.launch.queue import Queue
+from tdro_hpc.launch.slurm_rows import is_slurm, row_in_queue
 
 logger = logging.getLogger(__name__)
 
@@ -71,20 +80,61 @@ def append_start(
     keys: Mapping[str, Any],
     inputs: Mapping[str, str],
     fresh: bool,
+    restart: int = 0,
+    executor: str = "local",
 ) -> None:
-    """Note a job that has just been started on this machine; `fresh` = it does not continue an earlier one."""
+    """Note a job that has just been started on this machine.
+
+    fresh    it does not continue an earlier one
+    restart  times that Slurm has put this very job back before
+    """
     append_event(
         stage_dir,
         "start",
         job=job,
+        executor=executor,
         pid=pid,
         started=started_at(pid),
         host=socket.gethostname(),
         attempt=next_attempt(stage_dir),
+        restart=restart,
         ranks=ranks,
         keys=dict(keys),
         inputs=dict(inputs),
         fresh=fresh,
+    )
+
+
+def append_submit(
+    stage_dir: Path,
+    *,
+    job: str,
+    keys: Mapping[str, Any],
+    fresh: bool,
+    after: Sequence[str],
+    link: int,
+    links: int,
+    max_restarts: int,
+    code: str,
+) -> None:
+    """Note a job that sbatch has just taken.
+
+    after   ids of the jobs that it waits for
+    link    its place from 1 among the `links` jobs in a row that the stage got
+    code    absolute path of the copy of the code that it runs from; empty = the code as it is then
+    """
+    append_event(
+        stage_dir,
+        "submit",
+        job=job,
+        executor="slurm",
+        keys=dict(keys),
+        fresh=fresh,
+        after=list(after),
+        link=link,
+        links=links,
+        max_restarts=max_restarts,
+        code=code,
     )
 
 
@@ -105,16 +155,42 @@ def rows_of_this_making(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def seconds_spent(rows: list[dict[str, Any]]) -> float:
-    """Wall time of all attempts of this making that have ended."""
-    starts = {row["job"]: row["time"] for row in rows if row["event"] == "start"}
-    return sum(row["time"] - starts[row["job"]] for row in rows if row["event"] == "end" and row["job"] in starts)
+    """Wall time of the attempts that have ended: from each start to the last row by which that attempt has ended.
+
+    A job that Slurm puts back has several starts under one id. An attempt that was killed before it could leave a row
+    counts as nothing, and so does the one that is running.
+    """
+    began: dict[str, float] = {}
+    spent: dict[tuple[str, float], float] = {}
+    for row in rows:
+        job = row.get("job", "")
+        if row["event"] == "start":
+            began[job] = row["time"]
+        elif row["event"] in ("stopped", "end") and job in began:
+            spent[job, began[job]] = row["time"] - began[job]
+    return sum(spent.values())
 
 
-def running_job(stage_dir: Path) -> dict[str, Any] | None:
-    """The start row of the job that works on this stage now; None when there is none."""
+def has_slurm_rows(stage_dir: Path) -> bool:
+    """Whether Slurm may have a job of this stage: only then squeue has to be asked."""
+    return any(is_slurm(row) for row in read_jsonl(stage_dir / JOBS))
+
+
+def running_job(stage_dir: Path, queue: Queue | None = None) -> dict[str, Any] | None:
+    """The row of the job that works on this stage now or waits in Slurm's queue to do so; None when there is none.
+
+    queue   None = only jobs on this machine and on others without Slurm are known
+    returns its start row, or its submit row before it has begun; a row of executor slurm has no pid that means
+            anything on this machine
+    """
     rows = read_jsonl(stage_dir / JOBS)
+    return local_job(stage_dir, rows) or row_in_queue(stage_dir, rows, queue)
+
+
+def local_job(stage_dir: Path, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The start row of the local job that works on this stage now; None when there is none, or Slurm has it."""
     start = last_row(rows, "start")
-    if start is None or any(row["event"] == "end" and row["job"] == start["job"] for row in rows):
+    if start is None or is_slurm(start) or any(row["event"] == "end" and row["job"] == start["job"] for row in rows):
         return None
     if start["host"] == socket.gethostname():
         return start if is_alive(start["pid"], start["started"]) else None
@@ -157,8 +233,10 @@ def end_orphans(stage_dir: Path) -> None:
     start = last_row(read_jsonl(stage_dir / JOBS), "start")
     # A supervisor leads a group of its own, whose number stays taken as long as one process is in it. A process with
     # that number now is another one, and so is its group.
-    is_ours = start is not None and start["job"] == str(start["pid"]) and start["host"] == socket.gethostname()
-    if start is not None and is_ours and not psutil.pid_exists(start["pid"]):
+    if start is None or is_slurm(start):
+        return
+    is_ours = start["job"] == str(start["pid"]) and start["host"] == socket.gethostname()
+    if is_ours and not psutil.pid_exists(start["pid"]):
         end_group(start["pid"])
 
 

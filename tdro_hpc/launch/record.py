@@ -23,13 +23,15 @@ from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.jobs import (
     JOBS,
     last_row,
+    local_job,
     newest_metrics,
     read_jsonl,
     rows_of_this_making,
-    running_job,
     seconds_spent,
 )
 from tdro_hpc.launch.keys import hash_of, result_keys
+from tdro_hpc.launch.queue import Queue
+from tdro_hpc.launch.slurm_rows import SlurmWork, lost_words, slurm_work, status_by_rows
 from tdro_hpc.launch.snapshot import code_version_of
 from tdro_hpc.launch.stage import Stage
 
@@ -41,12 +43,12 @@ _KEPT = ("log", JOBS)  # of a stage that is begun anew
 class StageState:
     """One stage as its folder tells it. Plain data: the plan is made from nothing else."""
 
-    status: str = "new"  # new, done, stale, running, failed, stopped
+    status: str = "new"  # new, queued, running, done, stale, failed, stopped, unknown (squeue did not answer)
     keys_now: Mapping[str, Any] = field(default_factory=dict)  # result keys that the config gives today
     keys: Mapping[str, Any] = field(default_factory=dict)  # those that it was made or begun with
     inputs: Mapping[str, str] = field(default_factory=dict)  # identities of the stages that it was made from
     identity: str = ""  # sha256 of DONE.json
-    problem: str = ""  # why DONE.json does not count, or what FAILED.json says
+    problem: str = ""  # why DONE.json does not count, what FAILED.json says, what became of a job that never began
     code: str = ""  # version of the code that made it
     job: str = ""  # id of the newest job
     pid: int = 0  # of the newest local job
@@ -55,6 +57,13 @@ class StageState:
     step: int = 0  # a new attempt continues after this step
     steps: int = 0
     seconds: float = 0.0  # wall time so far
+    executor: str = "local"  # of the newest job: local, slurm
+    restarts: int = 0  # times that the newest submission has gone on after a stop
+    max_restarts: int = 0  # times that it may
+    queue_reason: str = ""  # Slurm's word for why it waits, such as Resources
+    nodes: str = ""  # where it runs, as Slurm writes them: node[1-2]
+    jobs: tuple[str, ...] = ()  # ids in Slurm's queue in the order of their links; what comes after waits for the last
+    dead_jobs: tuple[str, ...] = ()  # ids in the queue that can never do anything: to be cancelled before a new start
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -67,23 +76,47 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_states(
-    config: Config, graph: dict[str, Stage], run_dir: Path, ranks: Mapping[str, int]
+    config: Config,
+    graph: dict[str, Stage],
+    run_dir: Path,
+    ranks: Mapping[str, int],
+    queue: Queue | None = None,
 ) -> dict[str, StageState]:
     """State of every stage of the graph, by name. `ranks` = processes of each stage under this config."""
     return {
-        name: read_state(run_dir / name, keys_now=result_keys(config, stage, ranks[name]))
+        name: read_state(run_dir / name, keys_now=result_keys(config, stage, ranks[name]), queue=queue)
         for name, stage in graph.items()
     }
 
 
-def read_state(stage_dir: Path, *, keys_now: Mapping[str, Any] | None = None) -> StageState:
-    """State of one stage, from its own files only."""
+def read_state(stage_dir: Path, *, keys_now: Mapping[str, Any] | None = None, queue: Queue | None = None) -> StageState:
+    """State of one stage, from its own files and from what squeue has said.
+
+    queue  None where nobody asks Slurm, on the nodes and in the report: then its rows alone tell of a Slurm job
+    """
     rows = read_jsonl(stage_dir / JOBS)
+    work = slurm_work(stage_dir, rows, queue)
+    state = _with(_begun_state(stage_dir, rows), keys_now=keys_now or {})
+    if work.jobs or work.alive:
+        state = _of_slurm(state, work)
+    state = _with(state, dead_jobs=tuple(job.job for job in work.dead))
+    # DONE.json is put aside before a stage is made again, so beside a live job it is that job's own.
+    if not (stage_dir / DONE).exists():
+        if local_job(stage_dir, rows) is not None:
+            return _with(state, status="running")
+        status = _status_in_slurm(work, queue, failed=(stage_dir / FAILED).exists())
+        if status:
+            words = queue.problem if status == "unknown" and queue is not None else ""
+            return _with(state, status=status, problem=words)
+    return _finished_state(stage_dir, state, lost_words(work) if queue is not None else "")
+
+
+def _begun_state(stage_dir: Path, rows: list[dict[str, Any]]) -> StageState:
+    """What the newest start of the stage says of it."""
     start = last_row(rows, "start") or {}
     step, steps = progress_of(stage_dir)
-    state = StageState(
+    return StageState(
         status="stopped" if start else "new",
-        keys_now=keys_now or {},
         keys=start.get("keys", {}),
         inputs=start.get("inputs", {}),
         job=start.get("job", ""),
@@ -94,20 +127,54 @@ def read_state(stage_dir: Path, *, keys_now: Mapping[str, Any] | None = None) ->
         steps=steps,
         seconds=seconds_spent(rows_of_this_making(rows)),
     )
-    # DONE.json is put aside before a stage is made again, so beside a live job it is that job's own.
-    if running_job(stage_dir) is not None and not (stage_dir / DONE).exists():
-        return _with(state, status="running")
+
+
+def _of_slurm(state: StageState, work: SlurmWork) -> StageState:
+    """The same, with what is known of its Slurm jobs. Process ids mean nothing on another machine."""
+    current = work.current
+    first = work.jobs[0] if work.jobs else ""
+    state = _with(
+        state,
+        executor="slurm",
+        job=current.job if current else work.starts[-1]["job"] if work.starts else first,
+        pid=0,
+        restarts=work.restarts,
+        max_restarts=work.submits[-1]["max_restarts"] if work.submits else 0,
+        queue_reason=current.reason if current and current.waits else "",
+        nodes=current.nodes if current else "",
+        jobs=tuple(job.job for job in work.alive),
+    )
+    if work.begun or not work.submits or not (work.submits[-1]["fresh"] or state.status == "new"):
+        return state
+    # Nothing that an earlier making left counts once this one begins; what it is made from is known then.
+    return _with(state, keys=work.submits[-1]["keys"], inputs={}, step=0, steps=0, seconds=0.0)
+
+
+def _status_in_slurm(work: SlurmWork, queue: Queue | None, *, failed: bool) -> str:
+    """queued, running or unknown; empty when Slurm has no job of the stage, or when files tell how it ended."""
+    if work.current is not None:
+        return "queued" if work.current.waits else "running"
+    if not work.jobs or (failed and work.begun):
+        return ""
+    if queue is None:
+        status = status_by_rows(work)
+        return status if status in ("queued", "running") else ""
+    return "unknown" if queue.problem and not work.cancelled else ""
+
+
+def _finished_state(stage_dir: Path, state: StageState, lost: str) -> StageState:
+    """State of a stage that no job works on. `lost` = why its newest job never began, in words."""
     done = read_json(stage_dir / DONE)
     if done is not None:
         return _done_state(stage_dir, state, done)
     if (stage_dir / DONE).exists():
         return _with(state, status="stale", problem=f"{DONE} cannot be read")
     if (stage_dir / STALE).exists():
-        return _with(state, status="stale", problem="it was to be made again")
+        return _with(state, status="stale", problem=f"it was to be made again{lost and f', but {lost}'}")
     failed = read_json(stage_dir / FAILED)
     if failed is not None:
         return _with(state, status="failed", problem=failed_words(failed))
-    return state
+    return _with(state, problem=lost)
 
 
 def _done_state(stage_dir: Path, state: StageState, done: dict[str, Any]) -> StageState:
@@ -220,12 +287,12 @@ def mark_stale(stage_dir: Path) -> None:
         os.replace(stage_dir / DONE, stage_dir / STALE)
 
 
-def clear_stage(stage_dir: Path) -> None:
-    """Remove everything of an earlier making except its logs and its list of jobs."""
+def clear_stage(stage_dir: Path, keep: tuple[str, ...] = ()) -> None:
+    """Remove everything of an earlier making except its logs, its list of jobs, and the names in `keep`."""
     # DONE.json goes first and its stale copy last: a stop in between leaves a stage that is still to be made anew.
     mark_stale(stage_dir)
     for entry in sorted(stage_dir.iterdir() if stage_dir.is_dir() else []):
-        if entry.name in (*_KEPT, STALE):
+        if entry.name in (*_KEPT, *keep, STALE):
             continue
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     (stage_dir / STALE).unlink(missing_ok=True)
