@@ -21,12 +21,18 @@ from tdro_hpc.launch.stage import Stage
 JOB_SCRIPT = "job.sbatch"
 _PICKLE_SECONDS = 30.0  # between sbatch's answer and the pickle; network disks show new files late
 _REFUSALS = (
-    (r"invalid partition|partition .*(not|un)available|partition.* down", "cluster.partition (see: sinfo -s)"),
+    (
+        r"invalid partition|partition .*not available|partition is|use this partition",
+        "cluster.partition (see: sinfo -s)",
+    ),
     (
         r"invalid account|account/partition combination",
         "cluster.account, cluster.partition or cluster.qos (see: sacctmgr show associations user=$USER)",
     ),
-    (r"qos|AssocGrp|AssocMax", "cluster.qos, or ask for less at a time: cluster.nodes, cluster.gpus_per_node"),
+    (
+        r"qos|AssocGrp|AssocMax|submit limit",
+        "cluster.qos, ask for less at a time (cluster.nodes, cluster.gpus_per_node), or wait for your other jobs",
+    ),
     (r"time limit|timelimit", "cluster.time_limit (see: sinfo -o '%P %l')"),
     (
         r"invalid (generic resource|gres|trestype)|gres",
@@ -36,7 +42,8 @@ _REFUSALS = (
     (r"invalid node name", "cluster.exclude"),
     (
         r"node configuration is not available|more processors|memory (specification|required)|node count",
-        "cluster.nodes, cluster.gpus_per_node, cluster.node_cpus or cluster.node_memory_gb (see: sinfo -N -l)",
+        "cluster.nodes, cluster.gpus_per_node, cluster.gpu_type, cluster.node_cpus or cluster.node_memory_gb "
+        "(see: sinfo -N -l)",
     ),
     (r"(unrecognized|invalid|unknown) option|unrecognized argument", "cluster.sbatch_options"),
 )
@@ -137,6 +144,8 @@ def hint_for(words: str) -> str:
     for pattern, keys in _REFUSALS:
         if re.search(pattern, words, flags=re.IGNORECASE):
             return f"Change {keys}."
+    if re.search(r"unable to contact|connect failure|temporarily unable|timed out", words, flags=re.IGNORECASE):
+        return "Slurm's controller does not answer. Type the same line again in a few minutes."
     if "not installed here" in words:
         return "Type the line on a login node of the cluster, or cluster=local to run the stages on this machine."
     return ""
