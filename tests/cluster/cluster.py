@@ -69,6 +69,10 @@ class Cluster:
     def down(self) -> None:
         self.testcluster("down")
 
+    def wait_until_ready(self) -> None:
+        """All daemons run and all nodes take jobs: some seconds after slurmctld or a slurmd was started again."""
+        self.wait_until(lambda: self.testcluster("status", status=None).returncode == 0)
+
     def kill_slurmd(self, node: str) -> None:
         """slurmd dies without a word; the steps on the node live on."""
         self.testcluster("stop", node, "signal=KILL")
@@ -77,7 +81,7 @@ class Cluster:
         self.testcluster("start", node)
 
     def kill_slurmctld(self) -> None:
-        """slurmctld dies without saving its state."""
+        """slurmctld dies without saving its state: what happened in the last 5 s or so may be forgotten."""
         self.testcluster("stop", "slurmctld", "signal=KILL")
 
     def start_slurmctld(self) -> None:
