@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
 AFTERMATH = "tdro_hpc.launch.aftermath"
+# What a shell inside another job has, and sbatch would hand on: srun would spread the ranks of this job as that one's.
+_OF_ANOTHER_JOB = (
+    *("SLURM_DISTRIBUTION", "SLURM_HINT", "SLURM_EXACT", "SLURM_EXCLUSIVE", "SLURM_EXPORT_ENV", "SLURM_RESTART_COUNT"),
+    *("SLURM_CPU_BIND", "SLURM_CPU_BIND_LIST", "SLURM_CPU_BIND_TYPE", "SLURM_CPU_BIND_VERBOSE", "SLURM_MEM_BIND"),
+    *("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_MEM_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_PER_GPU"),
+    *("SLURM_NTASKS_PER_NODE", "SLURM_NTASKS_PER_CORE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK"),
+    *("SLURM_GPU_BIND", "SLURM_TRES_PER_TASK", "SLURM_THREADS_PER_CORE", "SLURM_CORE_SPEC", "SLURM_STEP_GPUS"),
+)
 
 
 def slurm_folder(stage_dir: Path) -> Path:
@@ -85,7 +93,8 @@ def executor_for(
             return f"{self.python} -u {program} {shlex.quote(str(self.folder))}"
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            return sbatch_command(submission_file_path, after=after, any_state=any_state)
+            removed = [word for name in _OF_ANOTHER_JOB for word in ("-u", name)]
+            return ["env", *removed, *sbatch_command(submission_file_path, after=after, any_state=any_state)]
 
     executor = StageExecutor(slurm_folder(stage_dir), python=python_of(config))
     executor.update_parameters(

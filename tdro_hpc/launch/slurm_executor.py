@@ -5,6 +5,7 @@ import io
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -35,7 +36,7 @@ _REFUSALS = (
     ),
     (r"time limit|timelimit", "cluster.time_limit (see: sinfo -o '%P %l')"),
     (
-        r"invalid (generic resource|gres|trestype)|gres",
+        r"invalid (generic resource|gres|trestype)|\bgres\b",
         "cluster.gpu_type, cluster.gpu_request or cluster.gpus_per_node",
     ),
     (r"invalid feature", "cluster.constraint (see: sinfo -o '%N %f')"),
@@ -83,10 +84,13 @@ def submit_job(
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+    script = stage_dir / JOB_SCRIPT
+    command = shlex.join(sbatch_command(script, after=after, any_state=any_state))
+    if shutil.which("sbatch") is None:
+        raise FailedSubmission(stage.name, command, "sbatch is not installed here")
     executor = executor_for(
         config, stage, stage_dir, ranks=ranks, code=code, link=link, after=after, any_state=any_state
     )
-    script = stage_dir / JOB_SCRIPT
     write_text(script, sbatch_script(config, stage, stage_dir, ranks=ranks, code=code, link=link))
     folder = slurm_folder(stage_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,10 +98,9 @@ def submit_job(
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints sbatch's words besides raising them
             return executor.submit(job_of(stage_dir, stage.kind)).job_id
-    except (FailedJobError, FailedSubmissionError, FileNotFoundError) as error:
+    except (FailedJobError, FailedSubmissionError) as error:
         for file in set(folder.iterdir()) - before:
             file.unlink()
-        command = shlex.join(sbatch_command(script, after=after, any_state=any_state))
         raise FailedSubmission(stage.name, command, _words_of(error)) from None
 
 
@@ -153,9 +156,5 @@ def hint_for(words: str) -> str:
 
 def _words_of(error: Exception) -> str:
     """sbatch's own words, without what submitit says around them."""
-    if isinstance(error, FileNotFoundError):
-        if error.filename != "sbatch":
-            raise error
-        return "sbatch is not installed here"
     words = re.sub(r'(?s)^Could not make sense of sbatch output "(.*)"\nJob instance will.*$', r"\1", str(error))
     return words.strip() or "sbatch said nothing"

@@ -64,6 +64,11 @@ def take_snapshot(run_dir: Path) -> Path:
     return copy_code(code_root(), run_dir / "code")
 
 
+def snapshot_folder(run_dir: Path) -> Path:
+    """Where take_snapshot puts the code as it is now. Writes nothing."""
+    return run_dir / "code" / read_code(code_root()).version
+
+
 def code_root() -> Path:
     """The folder that the package lies in."""
     return Path(tdro_hpc.__file__).resolve().parent.parent
