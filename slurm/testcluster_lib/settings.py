@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,30 @@ class Mistake(Exception):
         super().__init__(f"{what}\n  got:      {got}\n  expected: {expected}\n  type:     {typed}")
 
 
+def key(default: Any, meaning: str) -> Any:
+    """A field of Settings: its default, and what the help says about it."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
 @dataclass(frozen=True)
 class Settings:
-    dir: str = f"/var/tmp/tdro-testcluster-{os.getuid()}"  # everything of this cluster lies here
-    port: int = 16800  # base; another cluster on this machine takes one that is 100 away
-    nodes: int = 3  # node1 ... nodeN, 1 to 64
-    cpus: int = 16  # a node, claimed, whatever this machine has
-    memory_mb: int = 64000  # a node, claimed
-    gpus: int = 4  # a node, fake: they are counted and numbered, and link to /dev/null
-    accounting: bool = False  # slurmdbd and mariadbd too, so that sacct answers
-    enforce: bool = False  # limits of accounts hold (needs accounting=true): account small has one node, two jobs
-    preempt: str = "requeue"  # requeue or cancel: what partition high does to jobs of partition main
-    user_signal: bool = True  # preempt_send_user_signal: preempted jobs get the signal of --signal
-    requeue: bool = True  # false: jobs are not requeued unless they ask for it (JobRequeue=0)
-    grace_seconds: int = 10  # between a preemption's warning and the end
-    max_minutes: int = 240  # longest and default time limit of a job
-    cred_expire_seconds: int = 10  # a requeued job waits this long before it starts again
-    kill_wait_seconds: int = 5  # between SIGTERM and SIGKILL
-    node_timeout_seconds: int = 20  # a silent node is DOWN after this
-    up_seconds: int = 60  # up gives up after this
+    dir: str = key(f"/var/tmp/tdro-testcluster-{os.getuid()}", "everything of this cluster lies here")
+    port: int = key(16800, "base port; another cluster on this machine takes one 100 away")
+    nodes: int = key(3, "node1 ... nodeN, 1 to 64")
+    cpus: int = key(16, "of a node, claimed, whatever this machine has")
+    memory_mb: int = key(64000, "of a node, claimed")
+    gpus: int = key(4, "of a node, fake: counted and numbered, links to /dev/null")
+    accounting: bool = key(False, "slurmdbd and mariadbd too, so that sacct answers")
+    enforce: bool = key(False, "limits of accounts hold; needs accounting=true")
+    preempt: str = key("requeue", "requeue or cancel: what partition high does to jobs of partition main")
+    user_signal: bool = key(True, "preempted jobs get the signal of --signal")
+    requeue: bool = key(True, "false: jobs are requeued only if they ask for it")
+    grace_seconds: int = key(10, "between the warning of a preemption and the end")
+    max_minutes: int = key(240, "longest and default time limit of a job")
+    cred_expire_seconds: int = key(10, "a requeued job waits this long before it starts again")
+    kill_wait_seconds: int = key(5, "between SIGTERM and SIGKILL")
+    node_timeout_seconds: int = key(20, "a silent node is DOWN after this")
+    up_seconds: int = key(60, "up gives up after this")
 
     @property
     def path(self) -> Path:
@@ -63,25 +68,6 @@ class Settings:
         return f"127.1.{self.port // 100 % 256}.{number}"
 
 
-_COMMENTS = {
-    "dir": "everything of this cluster lies here",
-    "port": "base port; another cluster on this machine takes one 100 away",
-    "nodes": "node1 ... nodeN, 1 to 64",
-    "cpus": "of a node, claimed, whatever this machine has",
-    "memory_mb": "of a node, claimed",
-    "gpus": "of a node, fake: counted and numbered, links to /dev/null",
-    "accounting": "slurmdbd and mariadbd too, so that sacct answers",
-    "enforce": "limits of accounts hold; needs accounting=true",
-    "preempt": "requeue or cancel: what partition high does to jobs of partition main",
-    "user_signal": "preempted jobs get the signal of --signal",
-    "requeue": "false: jobs are requeued only if they ask for it",
-    "grace_seconds": "between the warning of a preemption and the end",
-    "max_minutes": "longest and default time limit of a job",
-    "cred_expire_seconds": "a requeued job waits this long before it starts again",
-    "kill_wait_seconds": "between SIGTERM and SIGKILL",
-    "node_timeout_seconds": "a silent node is DOWN after this",
-    "up_seconds": "up gives up after this",
-}
 _RANGES = {
     "port": (1024, 65000),
     "nodes": (1, 64),
@@ -99,8 +85,9 @@ _RANGES = {
 
 def describe_keys() -> str:
     """One line a key: its name, its default and what it means."""
-    defaults = {field.name: text_of(field.default) for field in fields(Settings)}
-    return "\n".join(f"  {f'{name}={default}':<42} {_COMMENTS[name]}" for name, default in defaults.items())
+    defaults = {each.name: text_of(each.default) for each in fields(Settings)}
+    meanings = {each.name: each.metadata["meaning"] for each in fields(Settings)}
+    return "\n".join(f"  {f'{name}={default}':<42} {meanings[name]}" for name, default in defaults.items())
 
 
 def text_of(value: Any) -> str:
@@ -138,7 +125,7 @@ def split_words(verb: str, words: list[str], *, keys: list[str]) -> tuple[list[s
 
 def value_of(name: str, text: str, *, verb: str) -> Any:
     """The value of a key, in the type of its default.  raises Mistake if the text does not fit."""
-    default = {field.name: field.default for field in fields(Settings)}.get(name, False)
+    default = {each.name: each.default for each in fields(Settings)}.get(name, False)
     typed = f"{COMMAND} {verb} {name}={text_of(default)}"
     if isinstance(default, bool):
         if text not in ("true", "false"):

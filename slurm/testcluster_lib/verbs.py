@@ -95,7 +95,10 @@ def up(words: list[str]) -> int:
         settings = settings_of(values)
         bringup.check_ports(settings)
         write_files(settings)
-        bringup.start_all(settings)
+        try:
+            bringup.start_all(settings)
+        except Failure as failure:
+            raise Failure(f"{failure}\nType: {COMMAND} down{dir_word(settings)} to clear it away.") from None
     print(f"up after {time.monotonic() - began:.1f} s: {bringup.summary(settings)}")
     print(f'use it:  eval "$({COMMAND} env{dir_word(settings)})"')
     return 0

@@ -108,6 +108,7 @@ def test_another_user_submits_and_reads_no_secret(cluster: Cluster) -> None:
 
 
 @needs_root
+@pytest.mark.slow
 def test_preemption_requeues(cluster: Cluster) -> None:
     pushed = cluster.sbatch("sleep 20", "-N3", "--exclusive")
     cluster.wait_for_state(pushed, "RUNNING")
@@ -119,6 +120,7 @@ def test_preemption_requeues(cluster: Cluster) -> None:
 
 
 @needs_root
+@pytest.mark.slow
 def test_daemons_stop_start_and_lose_power(cluster: Cluster) -> None:
     job = cluster.sbatch("trap '' TERM; echo $SLURM_JOB_NODELIST $$; sleep 600", "-w", "node2")
     cluster.wait_until(lambda: "node2" in cluster.output(job))
@@ -165,6 +167,7 @@ def test_without_accounting_sacct_fails(cluster: Cluster) -> None:
 
 
 @needs_root
+@pytest.mark.slow
 def test_accounting_and_its_limits() -> None:
     with running_cluster(nodes=2, accounting=True, enforce=True) as cluster:
         job = cluster.sbatch("srun -N2 true", "-N2")
@@ -180,6 +183,22 @@ def test_accounting_and_its_limits() -> None:
         assert cluster.run("sacct", status=None).returncode != 0
         cluster.testcluster("start", "slurmdbd")
         cluster.run(*told)
+
+
+@needs_root
+def test_a_daemon_that_dies_is_named_with_its_last_words(cluster: Cluster, tmp_path: Path) -> None:
+    fake = tmp_path / "slurmctld"
+    fake.write_text("#!/bin/sh\necho slurmctld: fatal: no such luck\nexit 1\n")
+    fake.chmod(0o755)
+    folder = f"{cluster.directory}-c"
+    environment = {**cluster.environment, "PATH": f"{tmp_path}:{cluster.environment['PATH']}"}
+    words = ["up", f"dir={folder}", f"port={cluster.port + 50}", "nodes=1"]
+    done = subprocess.run([str(SCRIPT), *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "slurmctld ended by itself" in done.stderr and "no such luck" in done.stderr
+    assert processes_that_name(Path(folder)) == []
+    cluster.run(str(SCRIPT), "down", f"dir={folder}")
+    assert not Path(folder).exists()
 
 
 @pytest.mark.parametrize(
