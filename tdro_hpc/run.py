@@ -1,16 +1,17 @@
 """What one rank of a stage job executes: its place among the ranks, its log, its signals, the stage, DONE.json.
 
-    python -m tdro_hpc.run runs/demo/s0
+    python -m tdro_hpc.run runs/demo/s0                          a stage with the config.yaml that lies in its folder
+    python -m tdro_hpc.run stage=s0 config=demo name=mine        the same with keys as submit takes them
+    srun --kill-on-bad-exit=1 python -m tdro_hpc.run stage=s0    on all ranks of a Slurm job
 
-runs a stage by hand, with the config.yaml that submit left in its folder. Several ranks: start it once a rank, with
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set. Ends with 0 = done, 1 = failed, 2 = a mistake in the
-call, 3 = stopped and saved, the same line continues.
+Several ranks without srun: start it once a rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+Ends with 0 = done, 1 = failed, 2 = a mistake in the call, 3 = stopped and saved, the same line continues. Under Slurm a
+stopped job ends with 0 when it is back in the queue, else with 75.
 """
 
 import contextlib
 import ctypes
 import importlib
-import logging
 import os
 import signal
 import socket
@@ -19,25 +20,24 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tdro_hpc.config.load import load_config
 from tdro_hpc.config.schema import Config
+from tdro_hpc.launch.begin import begin_by_hand, begin_in_slurm
 from tdro_hpc.launch.drawing import draw_plots, draw_report
 from tdro_hpc.launch.executor import rendezvous_file
-from tdro_hpc.launch.jobs import (
-    append_event,
-    append_start,
-    last_row,
-    read_jsonl,
-    rows_of_this_making,
-    running_job,
-    seconds_spent,
-    stage_lock,
-)
+from tdro_hpc.launch.first_cause import is_second_hand, wait_for_another
+from tdro_hpc.launch.hold import TakenOver, check_hold, join_hold, taken_over
+from tdro_hpc.launch.jobs import append_event, read_jsonl, rows_of_this_making, seconds_spent
 from tdro_hpc.launch.keys import result_keys
-from tdro_hpc.launch.record import code_version, inputs_of, read_state, write_done, write_failed
+from tdro_hpc.launch.place import SLURM, Place, is_rank_of_slurm, place_by_hand, place_in_slurm
+from tdro_hpc.launch.rank_log import mark_attempt, set_logging, write_to
+from tdro_hpc.launch.record import FAILED, code_version, inputs_of, write_done, write_failed
+from tdro_hpc.launch.requeue import STOPPED_CODE as SLURM_STOPPED_CODE
+from tdro_hpc.launch.requeue import after_stop
 from tdro_hpc.launch.stage import Stage
 from tdro_hpc.stages.graph import stage_graph
 
@@ -45,24 +45,14 @@ DONE_CODE, FAILED_CODE, MISTAKE_CODE, STOPPED_CODE = 0, 1, 2, 3
 GraphOf = Callable[[Config], dict[str, Stage]]
 StageFunction = Callable[..., None]  # run(config, stage, run_dir, process)
 FunctionOf = Callable[[str], StageFunction]
+Begin = Callable[[], int | None]  # on rank 0, before any rank looks at the stage's files; a number = leave with it
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _DEATH_OF_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
-# What a rank says when it failed because another one did. It waits before it claims to be the first cause.
-_SECOND_HAND = ("another rank", "connection closed", "connection reset", "broken pipe", "nccl", "gloo", "timed out")
-_SECOND_HAND_SECONDS = 1.5
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among those of its job."""
-
-    job: str
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
-    rendezvous: str = ""  # file:// or tcp://, the same on all ranks; empty for one rank
+_SECOND_HAND_SECONDS = 1.5  # that a rank which only noticed a failure leaves to the one that has it
+# Under Slurm the others may be gone because their node is. Slurm notices that after its SlurmdTimeout, ends this rank and
+# puts the job back; a rank that leaves with a failure before would end the job for good.
+_NODE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -89,42 +79,56 @@ def run_as_job(stage_dir: Path, kind: str, *, graph_of: GraphOf, function_of: Fu
     from submitit import JobEnvironment
 
     environment = JobEnvironment()
-    if environment.cluster == "local":
+    if environment.cluster == SLURM:
+        place = place_in_slurm(os.environ)
+        mark_attempt(place)
+    else:
         _die_with(int(environment.job_id))
-    place = Place(
-        job=environment.job_id,
-        rank=environment.global_rank,
-        world=environment.num_tasks,
-        local_rank=environment.local_rank,
-        local_world=environment.num_tasks // environment.num_nodes,
-        rendezvous=_rendezvous_of(environment),
-    )
-    _write_to(stage_dir / "log" / f"rank{place.rank}.log")
+        place = Place(
+            job=environment.job_id,
+            rank=environment.global_rank,
+            world=environment.num_tasks,
+            local_rank=environment.local_rank,
+            local_world=environment.num_tasks // environment.num_nodes,
+            rendezvous=_rendezvous_of(environment),
+        )
+    write_to(stage_dir / "log" / f"rank{place.rank}.log")
     when = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"--- job {place.job} rank {place.rank} of {place.world} on {socket.gethostname()} {when}")
+    again = f" restart {place.restart}" if place.restart else ""
+    print(f"--- job {place.job}{again} rank {place.rank} of {place.world} on {socket.gethostname()} {when}")
     try:
-        return run_rank(stage_dir, kind, place, early=early, graph_of=graph_of, function_of=function_of)
+        config, stage = read_stage(stage_dir, kind, graph_of)
+        begin = partial(_begin_submitted, stage_dir, config, stage, place) if place.executor == SLURM else None
+        code = run_rank(stage_dir, config, stage, place, early=early, begin=begin, function_of=function_of)
     except BaseException as error:
         _fail(stage_dir, place, error)
+    if place.executor == SLURM and code:
+        sys.exit(code)
+    return "stopped" if code == STOPPED_CODE else "done"
 
 
 def run_rank(
-    stage_dir: Path, kind: str, place: Place, *, early: list[int], graph_of: GraphOf, function_of: FunctionOf
-) -> str:
-    """Run the stage in `stage_dir` as this rank: `done`, or `stopped` when it was asked to stop and has saved.
+    stage_dir: Path,
+    config: Config,
+    stage: Stage,
+    place: Place,
+    *,
+    early: list[int],
+    begin: Begin | None,
+    function_of: FunctionOf,
+) -> int:
+    """Run the stage in `stage_dir` as this rank, after rank 0 has begun it; the exit code.
 
     early   signals that came before the stop flag was there
+    begin   None = the stage has been begun by whoever started this job
     raises  whatever the stage raises
     """
     began = time.time()
-    config, stage = read_stage(stage_dir, kind, graph_of)
-    run_dir = stage_dir.parent
-    inputs = inputs_of(stage, run_dir)
-    # The keys as they are before the work: a data file that changes meanwhile must show up as drift.
-    keys = result_keys(config, stage, place.world)
-    code = code_version()
+    verdict = begin() if begin is not None and place.rank == 0 else None
+    if verdict is not None and place.world == 1:
+        return verdict
     _set_environment(config, place)
-    _set_logging(place)
+    set_logging(place)
     # torch is imported here at the earliest, after its environment is set.
     from tdro_hpc.parallel.process import end_process, start_process, wait_for_all
     from tdro_hpc.training.stop import Stopped, install_stop_handlers
@@ -132,6 +136,8 @@ def run_rank(
     flag = install_stop_handlers()
     for number in early:
         flag.request(number)
+    finish = partial(_finish, config, stage, stage_dir, place, began) if verdict is None and place.rank == 0 else None
+    facts = _facts_of(config, stage, stage_dir.parent, place) if finish else {}
     run = function_of(stage.kind)
     try:
         process = start_process(
@@ -142,19 +148,58 @@ def run_rank(
             rendezvous=place.rendezvous,
             local_world=place.local_world,
         )
-        run(config, stage, run_dir, process)
-        if place.rank == 0:
-            _finish(config, stage, stage_dir, place, keys=keys, inputs=inputs, code=code, began=began)
+        verdict = _verdict_for_all(verdict) if begin is not None else None
+        if verdict is not None:
+            end_process()
+            return verdict
+        if place.executor == SLURM:
+            join_hold(stage_dir, place.job, place.restart)
+        run(config, stage, stage_dir.parent, process)
+        if finish is not None:
+            finish(**facts)
         # DONE.json is written before any rank leaves: what goes wrong while the group is taken down costs nothing.
         wait_for_all()
         end_process()
     except Stopped as stop:
-        if place.rank == 0:
-            append_event(stage_dir, "stopped", job=place.job, step=stop.step, steps=stop.steps, reason=stop.reason)
-            print(stop)
+        print(stop) if place.rank == 0 else None
+        reason = flag.reason if flag.requested else stop.reason
+        code = _leave_stopped(config, stage_dir, place, stop.step, stop.steps, reason)
         end_process()
-        return "stopped"
-    return "done"
+        return code
+    return DONE_CODE
+
+
+def _verdict_for_all(verdict: int | None) -> int | None:
+    """What rank 0 has found, on all ranks. They come here when rank 0 has begun the stage, not before."""
+    import torch
+
+    from tdro_hpc.parallel.process import broadcast_from_first
+
+    number = int(broadcast_from_first(torch.tensor(-1 if verdict is None else verdict)))
+    return None if number < 0 else number
+
+
+def _facts_of(config: Config, stage: Stage, run_dir: Path, place: Place) -> dict[str, Any]:
+    # The keys as they are before the work: a data file that changes meanwhile must show up as drift.
+    return {
+        "inputs": inputs_of(stage, run_dir),
+        "keys": result_keys(config, stage, place.world),
+        "code": code_version(),
+    }
+
+
+def _leave_stopped(config: Config, stage_dir: Path, place: Place, step: int, steps: int, reason: str) -> int:
+    """Exit code of a rank that was stopped; rank 0 notes it, and decides under Slurm what follows."""
+    if place.executor != SLURM:
+        if place.rank == 0:
+            append_event(stage_dir, "stopped", job=place.job, step=step, steps=steps, reason=reason)
+        return STOPPED_CODE
+    if place.rank != 0:
+        # Any other code would let srun end rank 0 while it talks to Slurm.
+        return DONE_CODE
+    code, then = after_stop(stage_dir, config.cluster, place, step=step, steps=steps, reason=reason)
+    print(then)
+    return code
 
 
 def read_stage(stage_dir: Path, kind: str, graph_of: GraphOf) -> tuple[Config, Stage]:
@@ -166,15 +211,34 @@ def read_stage(stage_dir: Path, kind: str, graph_of: GraphOf) -> tuple[Config, S
     if not path.is_file():
         raise ValueError(
             f"{path} is missing. Give the folder of a stage that was planned before, such as runs/demo/s0; "
-            "python -m tdro_hpc.submit makes it."
+            "python -m tdro_hpc.submit makes it. Or type stage=s0 and keys."
         )
     config = load_config([f"config={path}"]).config
-    graph = graph_of(config)
-    if stage_dir.name not in graph:
-        raise ValueError(f"{path} knows no stage {stage_dir.name}; it has {', '.join(graph)}.")
-    stage = graph[stage_dir.name]
+    stage = _stage_of(config, stage_dir.name, graph_of, where=str(path))
     assert kind in ("", stage.kind), f"{stage.name} is of kind {stage.kind}, not {kind}"
     return config, stage
+
+
+def _stage_of(config: Config, name: str, graph_of: GraphOf, *, where: str) -> Stage:
+    graph = graph_of(config)
+    if name not in graph:
+        raise ValueError(f"{where} knows no stage {name}; it has {', '.join(graph)}.")
+    return graph[name]
+
+
+def _begin_submitted(stage_dir: Path, config: Config, stage: Stage, place: Place) -> int | None:
+    inputs = inputs_of(stage, stage_dir.parent)
+    return begin_in_slurm(stage_dir, place, keys=result_keys(config, stage, place.world), inputs=inputs)
+
+
+def _begin_by_hand(stage_dir: Path, config: Config, stage: Stage, place: Place, *, save: bool) -> int | None:
+    try:
+        inputs = inputs_of(stage, stage_dir.parent)
+        keys = result_keys(config, stage, place.world)
+        return begin_by_hand(stage_dir, config, stage, place, keys=keys, inputs=inputs, save=save)
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
+        return MISTAKE_CODE
 
 
 def _finish(
@@ -182,16 +246,17 @@ def _finish(
     stage: Stage,
     stage_dir: Path,
     place: Place,
+    began: float,
     *,
     keys: Mapping[str, Any],
     inputs: Mapping[str, str],
     code: str,
-    began: float,
 ) -> None:
     """Rank 0, when all ranks are through: plots, DONE.json, the report of the run."""
     if config.logging.plots:
         draw_plots(stage_dir)
     seconds = seconds_spent(rows_of_this_making(read_jsonl(stage_dir / "jobs.jsonl"))) + time.time() - began
+    check_hold()
     write_done(stage_dir, stage, keys=keys, inputs=inputs, code=code, ranks=place.world, seconds=seconds)
     print(f"{stage.name} done after {seconds:.0f} s")
     if config.logging.plots:
@@ -204,21 +269,30 @@ def _fail(stage_dir: Path, place: Place, error: BaseException, *, draw: bool = F
 
     draw  write the report of the run anew; of a job the front door does that, when the job is over
     """
+    owner = str(error) if isinstance(error, TakenOver) else taken_over()
+    if owner:
+        _end_now(owner, SLURM_STOPPED_CODE)
     # Not in the log itself: that of rank 0 is shown to a person, who is told the first cause in words.
     trace = stage_dir / "log" / f"rank{place.rank}-error.txt"
     trace.parent.mkdir(parents=True, exist_ok=True)
     trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     words = str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
-    if place.world > 1 and any(sign in words.lower() for sign in _SECOND_HAND):
-        time.sleep(_SECOND_HAND_SECONDS)
+    if place.world > 1 and is_second_hand(words):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Slurm knows better, and ends what is left
+        several_nodes = place.executor == SLURM and place.local_world < place.world
+        wait_for_another(stage_dir / FAILED, _NODE_SECONDS if several_nodes else _SECOND_HAND_SECONDS)
     write_failed(stage_dir, rank=place.rank, error=words, log=trace)
-    print(f"rank {place.rank} failed: {words.splitlines()[0]} (traceback in {trace})")
     if draw:
         draw_report(stage_dir.parent)
+    _end_now(f"rank {place.rank} failed: {words.splitlines()[0]} (traceback in {trace})", FAILED_CODE)
+
+
+def _end_now(words: str, code: int) -> NoReturn:
+    print(words)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: that waits for threads which may hang in a collective with ranks that are gone.
-    os._exit(FAILED_CODE)
+    os._exit(code)
 
 
 def _note_signals() -> list[int]:
@@ -227,6 +301,9 @@ def _note_signals() -> list[int]:
     for number in _STOP_SIGNALS:
         # Also takes the place of submitit's handler, which would raise in the middle of a collective or a save.
         signal.signal(number, lambda number, frame: early.append(number))
+    # Before any thread or child of ours: they inherit it, and live on when Slurm tells every process of the step.
+    # It waits until training/stop.py looks. Threads that numpy has started before may still take it: see the handler.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     return early
 
 
@@ -239,25 +316,10 @@ def _die_with(parent: int) -> None:
 
 
 def _rendezvous_of(environment: Any) -> str:
-    """Where the ranks of this job find each other: a file on one machine, a port of the first of several."""
+    """Where the ranks of a job on this machine find each other: a file."""
     if environment.num_tasks == 1:
         return ""
-    if environment.num_nodes > 1:
-        return f"tcp://{environment.hostnames[0]}:{20000 + int(environment.raw_job_id) % 10000}"
     return f"file://{rendezvous_file(environment.paths.submitted_pickle)}"
-
-
-def _write_to(log: Path) -> None:
-    """Append everything that this process and its children say to `log`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
 def _set_environment(config: Config, place: Place) -> None:
@@ -272,101 +334,60 @@ def _set_environment(config: Config, place: Place) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def _set_logging(place: Place) -> None:
-    """Our own notes in the log of rank 0, warnings in all; of other packages, warnings only."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    # submitit tells on every rank that its job began and ended, twice.
-    logging.getLogger("submitit").setLevel(logging.ERROR)
-    logging.getLogger("tdro_hpc").setLevel(logging.INFO if place.rank == 0 else logging.WARNING)
+def read_call(arguments: list[str], graph_of: GraphOf) -> tuple[Path, Config, Stage, bool]:
+    """(stage folder, config, stage, whether keys were typed) of <folder> or stage=s1 key=value ...
 
-
-def place_by_hand(environment: Mapping[str, str]) -> Place:
-    """The place that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT give; without them the only rank."""
-    world = int(environment.get("WORLD_SIZE", "1"))
-    job = f"hand-{socket.gethostname()}-{os.getpid()}"
-    if world == 1:
-        return Place(job=job)
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
-    if missing:
-        raise ValueError(f"WORLD_SIZE is {world}, but {' and '.join(missing)} is not set. Set it, or unset WORLD_SIZE.")
-    return Place(
-        job=job,
-        rank=int(environment["RANK"]),
-        world=world,
-        local_rank=int(environment.get("LOCAL_RANK", environment["RANK"])),
-        local_world=int(environment.get("LOCAL_WORLD_SIZE", world)),
-        rendezvous=f"tcp://{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}",
-    )
-
-
-def _begin_by_hand(stage_dir: Path, place: Place, graph_of: GraphOf) -> bool:
-    """Note this process as the job of the stage; False when the stage is done already.
-
-    raises ValueError when it runs, or is to be made again, which submit prepares
+    raises ValueError with every mistake
     """
-    config, stage = read_stage(stage_dir, "", graph_of)
-    inputs = inputs_of(stage, stage_dir.parent)
-    with stage_lock(stage_dir):
-        state = read_state(stage_dir)
-        row = running_job(stage_dir)
-        if row is not None:
-            raise ValueError(f"{stage.name} is running already: job {row['job']}, pid {row['pid']} on {row['host']}.")
-        if state.status == "done":
-            return False
-        if state.status == "stale":
-            raise ValueError(
-                f"{stage.name} has to be made again ({state.problem}), which submit prepares. "
-                f"Type: python -m tdro_hpc.submit stage={stage.name} name={stage_dir.parent.name}"
-            )
-        (stage_dir / "FAILED.json").unlink(missing_ok=True)
-        append_start(
-            stage_dir,
-            job=place.job,
-            pid=os.getpid(),
-            ranks=place.world,
-            keys=result_keys(config, stage, place.world),
-            inputs=inputs,
-            fresh=last_row(read_jsonl(stage_dir / "jobs.jsonl"), "start") is None,
-        )
-    return True
+    named = [word.removeprefix("stage=") for word in arguments if word.startswith("stage=")]
+    if len(arguments) == 1 and not named:
+        stage_dir = Path(arguments[0]).resolve()
+        return stage_dir, *read_stage(stage_dir, "", graph_of), False
+    if len(named) != 1:
+        raise ValueError(f"One stage at a time: got {len(named)} times stage=. Type stage=s1, then the keys.")
+    keys = [word for word in arguments if not word.startswith("stage=")]
+    config = load_config(keys, call_options=("stage",)).config
+    stage = _stage_of(config, named[0], graph_of, where="This call")
+    return Path(config.runs_dir, config.name, stage.name).resolve(), config, stage, True
 
 
 def main(arguments: list[str], *, graph_of: GraphOf = stage_graph, function_of: FunctionOf = stage_function) -> int:
     """Run one stage by hand; the exit code."""
-    if len(arguments) != 1 or arguments[0] in ("help", "-h", "--help"):
+    if not arguments or arguments[0] in ("help", "-h", "--help"):
         print(__doc__)
-        return DONE_CODE if arguments[:1] in (["help"], ["-h"], ["--help"]) else MISTAKE_CODE
+        return DONE_CODE if arguments else MISTAKE_CODE
     early = _note_signals()
-    stage_dir = Path(arguments[0]).resolve()
     try:
-        place = place_by_hand(os.environ)
-        # Every rank looks, or the others would wait for rank 0.
-        done = read_state(stage_dir).status == "done"
-        if done or (place.rank == 0 and not _begin_by_hand(stage_dir, place, graph_of)):
-            print(f"{stage_dir.name} is done: {stage_dir / 'DONE.json'}")
-            return DONE_CODE
+        in_slurm = is_rank_of_slurm(os.environ, terminal=sys.stdin is not None and sys.stdin.isatty())
+        place = place_in_slurm(os.environ) if in_slurm else place_by_hand(os.environ)
+        stage_dir, config, stage, typed = read_call(arguments, graph_of)
     except ValueError as problem:
         print(problem, file=sys.stderr)
         return MISTAKE_CODE
-    code = FAILED_CODE
+    if in_slurm:
+        mark_attempt(place)
+    begun: list[Path] = []  # filled when this process has made the stage its own
+
+    def begin() -> int | None:
+        verdict = _begin_by_hand(stage_dir, config, stage, place, save=typed)
+        begun.extend([stage_dir] if verdict is None else [])
+        return verdict
+
+    draws = place.rank == 0 and not in_slurm and config.logging.plots  # in Slurm launch/aftermath.py does
     try:
-        outcome = run_rank(stage_dir, "", place, early=early, graph_of=graph_of, function_of=function_of)
-        code = DONE_CODE if outcome == "done" else STOPPED_CODE
+        code = run_rank(stage_dir, config, stage, place, early=early, begin=begin, function_of=function_of)
     except BaseException as error:
-        _note_end(stage_dir, place, FAILED_CODE)
-        _fail(stage_dir, place, error, draw=place.rank == 0 and _draws(stage_dir, graph_of))
-    _note_end(stage_dir, place, code)
-    if code == STOPPED_CODE and place.rank == 0 and _draws(stage_dir, graph_of):
+        _note_end(begun, place, FAILED_CODE)
+        _fail(stage_dir, place, error, draw=draws)
+    _note_end(begun, place, code)
+    if code == STOPPED_CODE and draws:
         draw_report(stage_dir.parent)
     return code
 
 
-def _draws(stage_dir: Path, graph_of: GraphOf) -> bool:
-    return read_stage(stage_dir, "", graph_of)[0].logging.plots
-
-
-def _note_end(stage_dir: Path, place: Place, code: int) -> None:
-    if place.rank == 0:
+def _note_end(begun: list[Path], place: Place, code: int) -> None:
+    """Rank 0 outside of Slurm, where nobody else sees it end."""
+    for stage_dir in begun if place.executor != SLURM else []:
         with contextlib.suppress(OSError):
             append_event(stage_dir, "end", job=place.job, exit_codes=[code])
 

@@ -1,4 +1,9 @@
-"""Signals in, one flag out. Handlers only set the flag: a save or a collective is never interrupted."""
+"""Signals in, one flag out. Handlers only set the flag: a save or a collective is never interrupted.
+
+Slurm sends SIGUSR2 to every process of a job step. Those that a rank starts by exec, such as compilers, know nothing of
+it and would die. They inherit what is blocked: run.py blocks SIGUSR2 before anything else is started, and it is looked
+for here where it waits.
+"""
 
 import signal
 from types import FrameType
@@ -6,6 +11,7 @@ from types import FrameType
 from tdro_hpc.parallel.process import any_rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+BLOCKED_SIGNAL = signal.SIGUSR2
 
 
 class Stopped(Exception):
@@ -25,6 +31,8 @@ class StopFlag:
     @property
     def requested(self) -> bool:
         """This process has had one of STOP_SIGNALS."""
+        if not self.reason and BLOCKED_SIGNAL in signal.sigpending():
+            self.request(BLOCKED_SIGNAL)
         return bool(self.reason)
 
     def request(self, number: int, frame: FrameType | None = None) -> None:
