@@ -164,13 +164,9 @@ def _setup(config: Config, stage_dir: Path, code: Path | None) -> list[str]:
         # The exit trap tells of a line that fails inside a shell function too, which a trap on ERR does not.
         # No `set -u`: the scripts of modules and conda read variables that are not set.
         words = "a line of cluster.setup failed with exit code $code: $BASH_COMMAND"
+        failed = ["code=$?", f'echo "{words}" >&2', f'{_aftermath(config, stage_dir, code)} "$code"']
         lines += [
-            "setup_failed() {",
-            "  code=$?",
-            f'  echo "{words}" >&2',
-            f'  {_aftermath(config, stage_dir, code)} "$code"',
-            "}",
-            "trap setup_failed EXIT",
+            "trap " + shlex.quote("\n".join(failed)) + " EXIT",
             "set -e",
             *config.cluster.setup,
             "set +e",
