@@ -91,7 +91,8 @@ def submit_job(
     executor = executor_for(
         config, stage, stage_dir, ranks=ranks, code=code, link=link, after=after, any_state=any_state
     )
-    write_text(script, sbatch_script(config, stage, stage_dir, ranks=ranks, code=code, link=link))
+    if link == 1:  # those of the other links differ in nothing but the name of the job
+        write_text(script, sbatch_script(config, stage, stage_dir, ranks=ranks, code=code))
     folder = slurm_folder(stage_dir)
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
