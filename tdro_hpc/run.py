@@ -50,8 +50,8 @@ Begin = Callable[[], int | None]  # on rank 0, before any rank looks at the stag
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _DEATH_OF_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _SECOND_HAND_SECONDS = 1.5  # that a rank which only noticed a failure leaves to the one that has it
-# Under Slurm the others may be gone because their node is. Slurm notices that after its SlurmdTimeout, ends this rank and
-# puts the job back; a rank that leaves with a failure before would end the job for good.
+# Under Slurm the others may be gone because their node is. Slurm notices that after its SlurmdTimeout, ends this rank
+# and puts the job back; a rank that leaves with a failure before would end the job for good.
 _NODE_SECONDS = 600.0
 
 

@@ -1,4 +1,4 @@
-"""Where the words of one rank go: log/rank<n>.log, our own notes on rank 0 only; and where an attempt begins in them."""
+"""Where the words of one rank go: log/rank<n>.log, our own notes on rank 0 only; and the mark of a new attempt."""
 
 import logging
 import os

@@ -60,6 +60,10 @@ class Training:
         return self.run_dir / self.stage.name
 
     @property
+    def _has_time_limit(self) -> bool:
+        return self.config.cluster.executor == "slurm"
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Rows of every task, by name."""
         return {name: len(task) for name, task in self.tasks.items()}
@@ -82,6 +86,7 @@ class Training:
             watch=self.watch,
             stop=stop_flag(),
             describe_row=lambda task, row: f"row {row} of {self.tasks[task].path}",
+            stop_lead_seconds=self.config.cluster.stop_lead_seconds if self._has_time_limit else 0.0,
         )
         run_loop(loop, step, self.read)
         if self.process.data_rank == 0:
