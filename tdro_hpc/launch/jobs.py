@@ -7,8 +7,8 @@
 {"event": "end", "job", "exit_codes"}
 {"event": "cancelled", "job", "reason"}
 
-Each has a "time" besides. `submit` and `cancelled` are written by the front door, `stopped` by rank 0, `start` by rank 0
-of a Slurm job and by the front door for a local one, `end` by what supervises the ranks.
+Each has a "time" besides. The front door writes `submit`, `cancelled` and the `start` of a local job, rank 0 writes
+`stopped` and the `start` of a Slurm job, what supervises the ranks writes `end`.
 """
 
 import fcntl
