@@ -195,7 +195,7 @@ def test_status_tells_what_waits_for_what(tmp_path, capsys):
     plan_file(tmp_path / "a")
     code, out, _ = submit(tmp_path, capsys, "status", "name=a")
     lines = out.splitlines()
-    assert code == 0 and lines[1].split() == ["stage", "state", "attempt", "step", "loss", "eta", "reason"]
+    assert code == 0 and lines[1].split() == ["stage", "state", "job", "attempt", "step", "loss", "eta", "reason"]
     assert lines[2].endswith("not started yet") and lines[3].endswith("waiting for s0")
     assert len(lines) == 4  # eval was not asked for
 

@@ -72,7 +72,7 @@ def run_chain(chain: Chain) -> int:
         if step.fresh:
             # From here on nothing counts as done that is made from something older, also when this is interrupted.
             mark_stale(chain.run_dir / step.stage.name)
-    with _noted_signals() as signals, view_for(sys.stdout) as view:
+    with noted_signals() as signals, view_for(sys.stdout) as view:
         for step in chain.plan.steps:
             code = DONE_CODE if step.action == SKIP else _bring_about(chain, step, signals, view)
             if code != DONE_CODE:
@@ -184,8 +184,8 @@ def _stop_code(signals: Signals) -> int:
 
 
 @contextmanager
-def _noted_signals() -> Iterator[Signals]:
-    """Signals that ask to stop are noted, not acted upon; SIGHUP stays ignored under nohup."""
+def noted_signals() -> Iterator[Signals]:
+    """The signals of this process from now on, noted and not acted upon; SIGHUP stays ignored under nohup."""
     signals = Signals()
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:

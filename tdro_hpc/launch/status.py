@@ -1,19 +1,19 @@
-"""A run directory in, words about it out: status table, logs, cancel. Reads the run's own files and nothing else."""
+"""Run directories in, words about them out. Own files first, then one squeue for all runs, then one sacct if needed."""
 
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tdro_hpc.launch.executor import ask_to_stop, wait_until_over
-from tdro_hpc.launch.jobs import last_row, newest_metrics, read_jsonl, running_job
+from tdro_hpc.launch.jobs import JOBS, newest_metrics, read_jsonl, running_job
 from tdro_hpc.launch.printout import columns, short_duration
-from tdro_hpc.launch.progress import FIRST_LOG, LogTail
-from tdro_hpc.launch.record import StageState, read_json, read_state
+from tdro_hpc.launch.queue import Queue, ask_accounting, ask_queue
+from tdro_hpc.launch.reasons import SeenStage, Stages, begun_rows, reason, state_word, unexplained_job
+from tdro_hpc.launch.record import read_json, read_state
 
-_CANCEL_SECONDS = 120.0
-_HEADER = ["stage", "state", "attempt", "step", "loss", "eta", "reason"]
+_HEADER = ["stage", "state", "job", "attempt", "step", "loss", "eta", "reason"]
+_SLURM_MARK = b'"executor": "slurm"'
+_AT_WORK = ("running", "queued", "unknown")
 
 
 def runs_in(runs_dir: Path) -> list[Path]:
@@ -27,37 +27,100 @@ def planned_stages(run_dir: Path) -> list[dict[str, Any]]:
 
     raises ValueError when there is no such run
     """
+    return list(_plan_of(run_dir)["stages"])
+
+
+def _plan_of(run_dir: Path) -> dict[str, Any]:
     plan = read_json(run_dir / "plan.json")
     if plan is None:
         others = ", ".join(path.name for path in runs_in(run_dir.parent)) or "none yet"
         raise ValueError(f"There is no run {run_dir}. Runs in {run_dir.parent}: {others}. Type name=<one of them>.")
-    return list(plan["stages"])
+    return plan
 
 
-def status_text(run_dir: Path) -> str:
-    """Table of the stages of one run that were planned or have been begun."""
-    rows = planned_stages(run_dir)
-    states = {row["name"]: read_state(run_dir / row["name"]) for row in rows}
-    shown = [row for row in rows if row["action"] or states[row["name"]].status != "new"]
-    cells = [_row(run_dir / row["name"], row["needs"], states) for row in shown]
-    return f"run {run_dir}\n{columns([_HEADER, *cells])}"
+def has_slurm_jobs(run_dir: Path) -> bool:
+    """Whether any stage of the run was ever a job of Slurm."""
+    return any(_SLURM_MARK in path.read_bytes() for path in run_dir.glob(f"*/{JOBS}"))
 
 
-def _row(stage_dir: Path, needs: list[str], states: Mapping[str, StageState]) -> list[str]:
-    state = states[stage_dir.name]
-    newest = newest_metrics(stage_dir)
-    step = f"{newest['step']}/{newest['steps']}" if newest.get("steps") else "-"
-    loss = f"{newest['loss']:.4f}" if "loss" in newest else "-"
-    words = "to be made again" if state.status == "stale" else "waiting" if state.status == "new" else state.status
+def queue_of(run_dirs: Sequence[Path]) -> Queue | None:
+    """What Slurm has queued now, by one squeue for all runs; None, without asking, when they never met Slurm."""
+    return ask_queue() if any(has_slurm_jobs(run_dir) for run_dir in run_dirs) else None
+
+
+def see_run(run_dir: Path, queue: Queue | None) -> dict[str, SeenStage]:
+    """All that is known of every stage that the newest plan of a run names, by name."""
+    seen = {}
+    for row in planned_stages(run_dir):
+        folder = run_dir / row["name"]
+        seen[row["name"]] = SeenStage(
+            folder=folder,
+            needs=tuple(row["needs"]),
+            state=read_state(folder, queue=queue),
+            rows=tuple(read_jsonl(folder / JOBS)),
+            metrics=newest_metrics(folder),
+            planned=bool(row["action"]),
+        )
+    return seen
+
+
+def at_work(stages: Stages) -> bool:
+    """Whether anything of a run runs or waits in a queue."""
+    return any(stage.state.status in _AT_WORK for stage in stages.values())
+
+
+def status_text(run_dirs: Sequence[Path], queue: Queue | None = None) -> str:
+    """A table for each run: the stages that were planned or have been begun, and what to type where one is stuck.
+
+    queue   None = ask Slurm, once, if any of the runs has jobs there
+    """
+    queue = queue_of(run_dirs) if queue is None else queue
+    return tables_text({run_dir: see_run(run_dir, queue) for run_dir in run_dirs}, queue)
+
+
+def tables_text(runs: Mapping[Path, Stages], queue: Queue | None) -> str:
+    """The tables of runs that have been looked at."""
+    lost = [unexplained_job(stage) for stages in runs.values() for stage in stages.values()]
+    ids = [job for job in lost if job]
+    # A queue that could not be asked explains nothing: what it does not list may well be there.
+    accounting = ask_accounting(ids) if ids and not (queue and queue.problem) else {}
+    tables = [_table(run_dir, stages, accounting) for run_dir, stages in runs.items()]
+    if queue is not None and queue.problem:
+        tables.append(f"What waits or runs on the cluster is not known: {queue.problem}")
+    return "\n\n".join(tables)
+
+
+def _table(run_dir: Path, stages: Stages, accounting: Mapping[str, str]) -> str:
+    shown = [stage for stage in stages.values() if stage.planned or stage.state.status != "new"]
+    cells = [_row(stage, stages, accounting) for stage in shown]
+    text = f"run {run_dir}\n{columns([_HEADER, *cells])}"
+    words = {row[1] for row in cells}
+    if words & {"failed", "dead"} or ("stopped" in words and not at_work(stages)):
+        text += f"\nTo continue type: {_plan_of(run_dir)['line']}"
+    return text
+
+
+def _row(stage: SeenStage, stages: Stages, accounting: Mapping[str, str]) -> list[str]:
+    state, newest = stage.state, stage.metrics
     return [
-        stage_dir.name,
-        words,
-        str(state.attempt or "-"),
-        step,
-        loss,
+        stage.name,
+        state_word(stage, stages),
+        state.job or "-",
+        _attempt(stage),
+        f"{newest['step']}/{newest['steps']}" if newest.get("steps") else "-",
+        f"{newest['loss']:.4f}" if "loss" in newest else "-",
         _eta(newest) if state.status == "running" else "-",
-        _reason(stage_dir, state, needs, states),
+        reason(stage, stages, accounting),
     ]
+
+
+def _attempt(stage: SeenStage) -> str:
+    """2/21 for the second of at most 21 attempts of a job of Slurm, which come by themselves; 3 for the third here."""
+    state = stage.state
+    if state.executor == "slurm":
+        begun = any(row["event"] == "start" for row in begun_rows(stage))
+        return f"{state.restarts + 1}/{state.max_restarts + 1}" if begun else "-"
+    return str(state.attempt or "-")
 
 
 def _eta(newest: Mapping[str, Any]) -> str:
@@ -67,66 +130,7 @@ def _eta(newest: Mapping[str, Any]) -> str:
     return short_duration(max(0.0, clock["eta_seconds"] - (time.time() - clock["time"])))
 
 
-def _reason(stage_dir: Path, state: StageState, needs: list[str], states: Mapping[str, StageState]) -> str:
-    if state.status == "done":
-        return f"took {short_duration(state.seconds)}, code {state.code}"
-    if state.status == "running":
-        return f"job {state.job}, pid {state.pid} on {state.host}"
-    if state.status in ("failed", "stale"):
-        return state.problem
-    waiting = [need for need in needs if states[need].status != "done"]
-    if state.status == "stopped":
-        stopped = last_row(read_jsonl(stage_dir / "jobs.jsonl"), "stopped")
-        why = stopped["reason"] if stopped and stopped["job"] == state.job else "interrupted"
-        return f"{why}; the same line continues after step {state.step}"
-    return f"waiting for {', '.join(waiting)}" if waiting else "not started yet"
-
-
 def running_stages(run_dir: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(stage, start row of its job) of everything that runs in this run directory."""
+    """(stage, start row of its job) of everything that runs on this machine in this run directory."""
     found = [(row["name"], running_job(run_dir / row["name"])) for row in planned_stages(run_dir)]
-    return [(name, row) for name, row in found if row is not None]
-
-
-def cancel(run_dir: Path) -> str:
-    """Ask the jobs of a run to save and leave, wait for that, and say how it went."""
-    running = running_stages(run_dir)
-    if not running:
-        return f"Nothing of {run_dir} is running."
-    lines = []
-    for name, row in running:
-        ask_to_stop(row)
-        print(f"{name}: asked job {row['job']} (pid {row['pid']}) to save and leave", flush=True)
-        over = wait_until_over(run_dir / name, seconds=_CANCEL_SECONDS)
-        lines.append("" if over else f"{name} is still busy after {_CANCEL_SECONDS:.0f} s; it leaves after this step.")
-    return "\n".join([*filter(None, lines), status_text(run_dir)])
-
-
-def stage_to_read(run_dir: Path, wanted: str) -> str:
-    """Name of the stage whose log is meant: the wanted one, else what runs, else what ran last.
-
-    raises ValueError when there is no log
-    """
-    names = [row["name"] for row in planned_stages(run_dir)]
-    logs = {name: run_dir / name / "log" / FIRST_LOG for name in names}
-    if wanted and wanted not in logs:
-        raise ValueError(f"{run_dir} has no stage {wanted}; it has {', '.join(names)}.")
-    written = [name for name in names if logs[name].exists() and wanted in ("", name)]
-    if not written:
-        raise ValueError(f"{run_dir} has no log of {wanted or 'any stage'} yet.")
-    return max(written, key=lambda name: logs[name].stat().st_mtime)
-
-
-def print_log(run_dir: Path, wanted: str, *, follow: bool) -> None:
-    """Print the log of rank 0, and with `follow` what is added until the job is over."""
-    stage_dir = run_dir / stage_to_read(run_dir, wanted)
-    tail = LogTail(stage_dir / "log" / FIRST_LOG)
-    tail.offset = 0
-    while True:
-        # Looked at first: what a job writes before it ends is read after that.
-        over = running_job(stage_dir) is None
-        sys.stdout.write(tail.read())
-        sys.stdout.flush()
-        if over or not follow:
-            return
-        time.sleep(0.2)
+    return [(name, row) for name, row in found if row is not None and row.get("executor", "local") == "local"]
