@@ -22,7 +22,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what sbatch and the others were called with, one file a program."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    python = f'if [ "$1" = - ]; then exec {sys.executable} "$@"; fi\nexit 7'
+    python = f'if [ "$1" = - ]; then exec {sys.executable} "$@"; fi\nexit ${{AFTERMATH_CODE:-7}}'
     for name, body in (("sbatch", SBATCH), ("scancel", ""), ("srun", "exit ${SRUN_CODE:-0}"), ("python", python)):
         log = tmp_path / name
         text = f'#!/bin/bash\nprintf "%s\\n" "$*" >> {log}\n{body}\n'.replace("CALLS", str(log))
@@ -104,6 +104,30 @@ def test_a_stage_runs_under_srun_with_the_machines_of_its_job(calls, tmp_path):
     assert call == f"{options} python -m tdro_hpc.run stage=s1 {keys}"
     assert lines_of(calls / "python")[-1] == f"-m tdro_hpc.launch.aftermath {tmp_path}/mine/s1 3"
     assert ended.returncode == 7, "the code of the aftermath is that of the job"
+
+
+def test_a_kind_with_several_stages_runs_one_after_the_other(calls, tmp_path):
+    words = ("s2", "s2.weights=curr,top70", f"runs_dir={tmp_path}", "name=mine")
+    first, second = tmp_path / "mine" / "s2-curr", tmp_path / "mine" / "s2-top70"
+    first.mkdir(parents=True)
+    # Code 0 without DONE.json: Slurm has taken the job back, and the rest is for its next start.
+    assert run(STAGE, *words, **JOB, AFTERMATH_CODE="0").returncode == 0
+    assert [call.split("stage=")[1].split()[0] for call in lines_of(calls / "srun")] == ["s2-curr"]
+    (first / "DONE.json").touch()
+    assert run(STAGE, *words, **JOB, AFTERMATH_CODE="0").returncode == 0
+    assert [call.split("stage=")[1].split()[0] for call in lines_of(calls / "srun")[1:]] == ["s2-curr", "s2-top70"]
+    assert lines_of(calls / "python")[-1] == f"-m tdro_hpc.launch.aftermath {second} 0"
+
+
+def test_a_stage_of_one_process_runs_on_one_node(calls, tmp_path):
+    run(STAGE, "prepare", "config=demo", f"runs_dir={tmp_path}", **JOB)
+    (call,) = lines_of(calls / "srun")
+    assert " --nodes=1 --ntasks=1 python -m tdro_hpc.run stage=prepare " in call
+
+
+def test_an_unknown_stage_names_those_there_are(calls):
+    ended = run(STAGE, "s9", **JOB)
+    assert ended.returncode == 2 and ended.stderr == "There is no stage s9; there are s0, s1, s2-curr, eval.\n"
 
 
 def test_what_a_person_typed_of_the_machines_wins(calls, tmp_path):
