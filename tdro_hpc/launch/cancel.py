@@ -9,6 +9,7 @@ from tdro_hpc.config.load import load_config
 from tdro_hpc.launch.executor import ask_to_stop, wait_until_over
 from tdro_hpc.launch.jobs import JOBS, append_event, read_jsonl
 from tdro_hpc.launch.queue import Queue, QueueJob, ask_queue
+from tdro_hpc.launch.requeue import cancel_mark
 from tdro_hpc.launch.slurm_executor import cancel_jobs
 from tdro_hpc.launch.slurm_rows import slurm_work
 from tdro_hpc.launch.status import planned_stages, queue_of, running_stages, status_text
@@ -16,7 +17,6 @@ from tdro_hpc.launch.status import planned_stages, queue_of, running_stages, sta
 _LOCAL_SECONDS = 120.0
 _POLL_SECONDS = 2.0
 _KILL_SECONDS = 60.0  # Slurm ends a cancelled job within its KillWait, 30 s by default
-CANCEL_MARK = "cancel-"  # log/cancel-<job>: rank 0 finds it and does not put the job back into the queue
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _cancel_slurm(waiting: Sequence[Held], running: Sequence[Held]) -> list[str]
 
 def mark_cancelled(stage_dir: Path, job: str) -> None:
     """Leave the word that this job is not to be put back into the queue."""
-    path = stage_dir / "log" / f"{CANCEL_MARK}{job}"
+    path = cancel_mark(stage_dir, job)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
 

@@ -20,7 +20,7 @@ _ENDS = {
     "DEADLINE": "ended by a deadline",
     "FAILED": "the job ended with an error before a rank could write it down",
 }
-_ENDED_SLURM = ("stopped", "new", "stale", "failed")
+_PUT_BACK = "back into the queue"  # how requeue.py says so
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ Stages = Mapping[str, SeenStage]
 def unexplained_job(stage: SeenStage) -> str:
     """Id of a job of Slurm that is gone without a word in our files; empty where these tell, or it is not gone."""
     state = stage.state
-    if state.executor != "slurm" or state.status not in _ENDED_SLURM or state.status == "failed" or not state.job:
+    if state.executor != "slurm" or state.status not in ("stopped", "new", "stale") or not state.job:
         return ""
     told = [row for row in stage.rows if row["event"] in ("stopped", "cancelled") and row["job"] == state.job]
     begun = last_row(list(stage.rows), "start")
-    # A stop before the newest start of this job has been followed by a restart: it does not tell how that ended.
+    # What was put back into the queue, or went on since, has not ended with that stop.
+    told = [row for row in told if not row.get("then", "").startswith(_PUT_BACK)]
     if begun is not None and begun["job"] == state.job:
         told = [row for row in told if row["time"] >= begun["time"]]
     return "" if told else state.job
@@ -98,7 +99,7 @@ def reason(stage: SeenStage, stages: Stages, accounting: Mapping[str, str]) -> s
     if state.status == "queued":
         return _queued_words(stage, stages)
     if state.status == "unknown":
-        return state.problem or f"squeue did not say what became of job {state.job}"
+        return f"job {state.job}: squeue did not answer"
     if state.status == "failed":
         return f"dead: {stage.name} failed {state.problem}"
     failed = failed_before(stage, stages)
@@ -167,10 +168,12 @@ def _stopped_words(stage: SeenStage, accounting: Mapping[str, str]) -> str:
     if cancelled is not None and cancelled["job"] == state.job:
         return f"job {state.job}: {cancelled['reason']}; {goes_on}"
     assert stopped is not None, "a job that is explained was stopped or cancelled"
-    if stopped["reason"] == "SIGTERM" and not stopped.get("then"):
-        return f"preempted and not requeued; {goes_on}"
-    then = f"; {stopped['then']}" if stopped.get("then") else ""
-    return f"stopped by {stopped['reason']} at step {stopped['step']}{then}; {goes_on}"
+    then = stopped.get("then", "").partition(" Type:")[0].rstrip(".")
+    if then.startswith("preempted") or stopped["reason"] == "Slurm ended the job: preemption":
+        return f"preempted at step {stopped['step']} and not requeued; {goes_on}"
+    if stopped["reason"].startswith("Slurm ended"):
+        return f"{stopped['reason']}; {goes_on}"
+    return f"stopped by {stopped['reason']} at step {stopped['step']}{then and f': {then}'}; {goes_on}"
 
 
 def _new_words(stage: SeenStage, stages: Stages, accounting: Mapping[str, str]) -> str:

@@ -64,7 +64,7 @@ def _watch_in_place(watched: Watched, out: TextIO, sleep: Callable[[float], None
     with Live(console=Console(file=out), auto_refresh=False, vertical_overflow="visible") as live:
         while True:
             text = f"{watched.text()}\n\n{time.strftime('%H:%M:%S')}  Ctrl-C ends the watching, not the jobs"
-            live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+            live.update(Text(text), refresh=True)
             if not watched.busy:
                 return
             sleep(_FILES_SECONDS)
