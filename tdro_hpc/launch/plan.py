@@ -9,7 +9,8 @@ from tdro_hpc.launch.keys import change_words, changed_keys
 from tdro_hpc.launch.record import StageState
 from tdro_hpc.launch.stage import Stage
 
-SKIP, RUN, RUNNING = "done", "run", "running"
+SKIP, RUN, RUNNING, QUEUED = "done", "run", "running", "queued"
+_CANCEL = "Type: python -m tdro_hpc.submit cancel, then again."
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class PlannedStage:
     """One line of the plan."""
 
     stage: Stage
-    action: str  # done = nothing to do, run, running = a job is at work and is waited for
+    action: str  # done = nothing to do; run; running, queued = its job is waited for
     state: StageState
     fresh: bool = False  # what an earlier making left is removed first
     after: tuple[str, ...] = ()  # stages of this plan that have to end before
@@ -73,8 +74,8 @@ def build_plan(
 ) -> Plan:
     """The plan for stage=`wanted` force=`forced`.
 
-    What is done is skipped, what runs is waited for, prerequisites that are not done come before. A stage is made
-    again when it is forced or when a stage that it is made from is made again in this plan.
+    What is done is skipped, what runs or is queued is waited for, prerequisites that are not done come before. A stage
+    is made again when it is forced or when a stage that it is made from is made again in this plan.
     """
     names, problems = stages_named(wanted, graph, config.stages)
     forced_names, more_problems = stages_named(forced, graph, config.stages)
@@ -86,7 +87,9 @@ def build_plan(
         if not missing:
             break
         included |= missing
-    problems += _refusals(steps, set(forced_names))
+    problems += _refusals(steps, set(forced_names)) + _outside_refusals(graph, steps, states)
+    if config.cluster.executor == "slurm":
+        problems += _unasked_failures(steps, names, set(forced_names))
     plan = Plan(
         steps=tuple(steps.values()),
         drift=tuple(_drift(step, states) for step in steps.values() if _drift(step, states)),
@@ -116,17 +119,20 @@ def _action(
     state = states[stage.name]
     if state.status == "running":
         return RUNNING, False, f"running ({_job_words(state)})"
+    if state.status in ("queued", "unknown"):  # with an unknown one in it, nothing of the plan is started
+        waiting = [need for need in stage.needs if states[need].status != "done"]
+        return QUEUED, False, f"queued ({_queue_words(state, waiting)})"
     if forced and state.status != "new":
         return RUN, True, "made again: forced"
     if state.status == "new":
-        return RUN, True, "not made yet"
+        return RUN, True, f"not made yet: {state.problem}" if state.problem else "not made yet"
     if after and state.status in ("done", "stale"):
         return RUN, True, f"made again: {' and '.join(after)} will be another"
     if state.status == "done":
         return SKIP, False, ""
     if state.status == "stale":
         return RUN, True, f"made again: {state.problem}"
-    words = f"failed {state.problem}" if state.status == "failed" else f"stopped after step {state.step}"
+    words = f"failed {state.problem}" if state.status == "failed" else _stopped_words(state)
     if after or _older_inputs(stage, state, states):
         return RUN, True, f"{words}; begins anew: what it is made from has changed"
     if not state.step:
@@ -135,11 +141,28 @@ def _action(
 
 
 def _job_words(state: StageState) -> str:
-    return f"job {state.job}, pid {state.pid} on {state.host}" if state.pid else f"job {state.job}"
+    if state.pid:
+        return f"job {state.job}, pid {state.pid} on {state.host}"
+    return f"job {state.job} on {state.nodes}" if state.nodes else f"job {state.job}"
+
+
+def _queue_words(state: StageState, waiting: Sequence[str]) -> str:
+    if waiting and state.queue_reason in ("", "Dependency"):
+        return f"job {state.job}, waiting for {' and '.join(waiting)}"
+    return f"job {state.job}: {state.queue_reason}" if state.queue_reason else f"job {state.job}"
+
+
+def _stopped_words(state: StageState) -> str:
+    words = f"stopped after step {state.step}" if state.step else "stopped"
+    if state.max_restarts and state.restarts >= state.max_restarts:
+        words += f" with all {state.max_restarts} restarts used up"
+    return f"{words}; {state.problem}" if state.problem else words
 
 
 def _older_inputs(stage: Stage, state: StageState, states: Mapping[str, StageState]) -> list[str]:
     """Needs that were made again after this stage was made or begun from them."""
+    if state.status == "queued" and not state.inputs:
+        return []  # it takes what is there when it begins
     return [
         need
         for need in stage.needs
@@ -171,18 +194,22 @@ def _ancestors(graph: Mapping[str, Stage], name: str) -> set[str]:
 
 
 def _refusals(steps: Mapping[str, PlannedStage], forced: set[str]) -> list[str]:
+    """Why stages of the plan cannot be dealt with as they are."""
     problems = []
     for name, step in steps.items():
-        if step.action == RUNNING and name in forced:
+        if step.state.status == "unknown":
             problems.append(
-                f"{name} cannot be forced while it is {step.reason}. "
-                "Type: python -m tdro_hpc.submit cancel, then again."
+                f"{name} may be in Slurm's queue (job {step.state.job}), but squeue did not answer: "
+                f"{step.state.problem}. A second copy could be started; type the same line again when it answers."
             )
-        if step.action == RUNNING and step.after:
-            problems.append(
-                f"{name} is {step.reason}, but {' and '.join(step.after)}, which it is made from, would be made again. "
-                "Type: python -m tdro_hpc.submit cancel, then again."
-            )
+            continue
+        is_busy = step.action in (RUNNING, QUEUED)
+        if is_busy and name in forced:
+            problems.append(f"{name} cannot be forced while it is {step.reason}. {_CANCEL}")
+        # What is queued behind a job in the queue is an ordinary chain.
+        below = [need for need in step.after if step.action == RUNNING or steps[need].action == RUN]
+        if is_busy and below:
+            problems.append(_made_again_below(name, step.reason, below))
         changes = changed_keys(step.state.keys, step.state.keys_now)
         if step.action == RUN and not step.fresh and changes:
             was, now = change_words(changes)
@@ -193,13 +220,47 @@ def _refusals(steps: Mapping[str, PlannedStage], forced: set[str]) -> list[str]:
     return problems
 
 
+def _made_again_below(name: str, reason: str, needs: Sequence[str]) -> str:
+    return f"{name} is {reason}, but {' and '.join(needs)}, which it is made from, would be made again. {_CANCEL}"
+
+
+def _outside_refusals(
+    graph: Mapping[str, Stage], steps: Mapping[str, PlannedStage], states: Mapping[str, StageState]
+) -> list[str]:
+    """Slurm jobs of stages outside the plan that would find what they are made from gone when they begin."""
+    problems = []
+    for name, stage in graph.items():
+        state = states[name]
+        below = [need for need in stage.needs if need in steps and steps[need].action == RUN]
+        is_busy = state.executor == "slurm" and state.status in ("queued", "running")
+        if name not in steps and below and is_busy:
+            problems.append(_made_again_below(name, f"{state.status} ({_job_words(state)})", below))
+    return problems
+
+
+def _unasked_failures(steps: Mapping[str, PlannedStage], names: Sequence[str], forced: set[str]) -> list[str]:
+    """Failed stages that nobody asked for: they would fail again, hours later, and all that waits for them too."""
+    wanted = {*names, *forced}
+    failed = [
+        name
+        for name, step in steps.items()
+        if step.state.status == "failed" and step.action == RUN and name not in wanted
+    ]
+    line = ",".join(name for name in steps if name in failed or name in wanted)
+    return [
+        f"{name} failed {steps[name].state.problem}. It is not tried again unasked. Type stage={line} to do that."
+        for name in failed
+    ]
+
+
 def _drift(step: PlannedStage, states: Mapping[str, StageState]) -> str:
     """What has changed since a stage that is kept was made; empty when nothing has."""
     name, state = step.stage.name, step.state
     if step.action == RUN:
         return ""
     sentences = []
-    changes = changed_keys(state.keys, state.keys_now)
+    # A job that was submitted by hand is not known before it starts.
+    changes = changed_keys(state.keys, state.keys_now) if state.keys or state.status != "queued" else []
     if changes:
         was, now = change_words(changes)
         sentences.append(f"was made with {was}; the config says {now}")
@@ -208,8 +269,9 @@ def _drift(step: PlannedStage, states: Mapping[str, StageState]) -> str:
         sentences.append(f"was made from an earlier {' and '.join(older)}")
     if not sentences:
         return ""
-    if step.action == RUNNING:
-        words = " and ".join(sentences).replace("was made", "is being made")
+    if step.action in (RUNNING, QUEUED):
+        doing = "is being made" if step.action == RUNNING else "is queued to be made"
+        words = " and ".join(sentences).replace("was made", doing)
         return f"{name} {words}: it goes on as it is. Type: python -m tdro_hpc.submit cancel, then force={name}."
     return f"{name} {' and '.join(sentences)}: it is kept. Type force={name} to make it again."
 

@@ -63,7 +63,7 @@ class StageState:
     queue_reason: str = ""  # Slurm's word for why it waits, such as Resources
     nodes: str = ""  # where it runs, as Slurm writes them: node[1-2]
     jobs: tuple[str, ...] = ()  # ids in Slurm's queue in the order of their links; what comes after waits for the last
-    dead_jobs: tuple[str, ...] = ()  # ids in the queue that can never do anything: to be cancelled before a new start
+    dead_jobs: tuple[str, ...] = ()  # ids in the queue that will never do anything: to be cancelled before a new start
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -144,7 +144,7 @@ def _of_slurm(state: StageState, work: SlurmWork) -> StageState:
         nodes=current.nodes if current else "",
         jobs=tuple(job.job for job in work.alive),
     )
-    if work.begun or not work.submits or not (work.submits[-1]["fresh"] or state.status == "new"):
+    if work.begun or not work.submits or not (work.submits[0]["fresh"] or state.status == "new"):
         return state
     # Nothing that an earlier making left counts once this one begins; what it is made from is known then.
     return _with(state, keys=work.submits[-1]["keys"], inputs={}, step=0, steps=0, seconds=0.0)
@@ -159,7 +159,9 @@ def _status_in_slurm(work: SlurmWork, queue: Queue | None, *, failed: bool) -> s
     if queue is None:
         status = status_by_rows(work)
         return status if status in ("queued", "running") else ""
-    return "unknown" if queue.problem and not work.cancelled else ""
+    # One that was cancelled while it ran may still be saving.
+    is_gone = work.cancelled and not work.begun
+    return "unknown" if queue.problem and not is_gone else ""
 
 
 def _finished_state(stage_dir: Path, state: StageState, lost: str) -> StageState:

@@ -8,7 +8,7 @@ from typing import Any
 from tdro_hpc.launch.queue import Queue, QueueJob
 
 Rows = Sequence[dict[str, Any]]
-_FAILED = "FAILED.json"  # of record.py, which reads rows through this file
+_ENDS = ("DONE.json", "FAILED.json")  # written in record.py, which reads rows through this file
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SlurmWork:
     begun: bool = False  # one of them has left a sign of life
     cancelled: str = ""  # reason, when all of them were cancelled
     alive: tuple[QueueJob, ...] = ()  # in the queue, in the order of the links
-    dead: tuple[QueueJob, ...] = ()  # in the queue, but they can never do anything
+    dead: tuple[QueueJob, ...] = ()  # in the queue, but they will never do anything
 
     @property
     def current(self) -> QueueJob | None:
@@ -87,13 +87,13 @@ def _newest_submission(rows: Rows) -> tuple[dict[str, Any], ...]:
 def _in_queue(
     stage_dir: Path, jobs: Sequence[str], queue: Queue | None, *, begun: bool
 ) -> tuple[tuple[QueueJob, ...], tuple[QueueJob, ...]]:
-    """(jobs of the stage in the queue that count, those that can never do anything)."""
-    found = queue.jobs_of(stage_dir, jobs) if queue is not None else ()
-    alive = tuple(job for job in found if queue is not None and not queue.never_starts(job))
-    # A link after one that has failed leaves at once when its turn comes, which may be hours away.
-    is_over = begun and len(jobs) > 1 and all(job.waits for job in alive) and (stage_dir / _FAILED).exists()
-    if is_over:
-        alive = ()
+    """(jobs of the stage in the queue that count, those that will never do anything)."""
+    if queue is None:
+        return (), ()
+    found = queue.jobs_of(stage_dir, jobs)
+    # A link whose stage is done or has failed leaves at once when its turn comes, which may be hours away.
+    over = begun and len(jobs) > 1 and any((stage_dir / name).exists() for name in _ENDS)
+    alive = tuple(job for job in found if not queue.never_starts(job) and not (over and job.waits))
     return alive, tuple(job for job in found if job not in alive)
 
 
