@@ -6,6 +6,7 @@ that its working directory belongs to.
 """
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tdro_hpc
-from tdro_hpc.atomic import new_folder
 from tdro_hpc.launch.commands import run_command
 
 CODE_VERSION, DIFF, JOB_FILE = "CODE_VERSION", "dirty.diff", "job.py"
@@ -78,9 +78,13 @@ def copy_code(root: Path, target: Path) -> Path:
     """Copy of the code under `root`: a folder in `target` named by its version, whole or not there."""
     code = read_code(root)
     folder = target / code.version
-    if folder.is_dir():
+    if _is_whole(folder, root, code):
         return folder
-    with new_folder(folder) as copy:
+    # Not new_folder, which waits for the disk once a file: that takes seconds here, and what a power cut leaves behind
+    # is found by its sizes.
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=target) as scratch:
+        copy = Path(scratch, code.version)
         for name in code.files:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, copy / name)
@@ -90,7 +94,25 @@ def copy_code(root: Path, target: Path) -> Path:
             (copy / DIFF).write_bytes(code.diff)
         if read_code(root) != code:
             raise ValueError(f"Files under {root} were changed while they were copied. Type the same line again.")
+        if folder.is_dir() and not _is_whole(folder, root, code):
+            os.replace(folder, Path(scratch, "damaged"))
+        try:
+            os.replace(copy, folder)
+        except OSError:
+            # Another front door was faster, with the same code.
+            if not _is_whole(folder, root, code):
+                raise
     return folder
+
+
+def _is_whole(folder: Path, root: Path, code: Code) -> bool:
+    """Whether a copy has every file, with the size of the original."""
+    sizes = {name: (root / name).stat().st_size for name in code.files}
+    sizes |= {JOB_FILE: len(_JOB), CODE_VERSION: len(code.version) + 1}
+    try:
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except FileNotFoundError:
+        return False
 
 
 def code_version_of(root: Path) -> str:

@@ -113,6 +113,30 @@ def test_the_same_code_is_copied_once(checkout, tmp_path):
     assert copy_code(checkout, tmp_path / "code") == first and (first / "mark").exists()
 
 
+def test_a_copy_that_a_power_cut_damaged_is_made_again(checkout, tmp_path):
+    copy = copy_code(checkout, tmp_path / "code")
+    (copy / "tdro_hpc/__init__.py").write_text("")
+    (copy / "kernels/tile.cu").unlink()
+    assert copy_code(checkout, tmp_path / "code") == copy
+    assert (copy / "tdro_hpc/__init__.py").read_text() == '__version__ = "7"\n' and (copy / "kernels/tile.cu").exists()
+    assert [path.name for path in (tmp_path / "code").iterdir()] == [copy.name], "nothing else is left"
+
+
+def test_two_front_doors_at_once_make_one_copy(checkout, tmp_path, monkeypatch):
+    """The second finishes between the first one's copying and its rename."""
+    replace, faster = os.replace, []
+
+    def late(source: Path, target: Path) -> None:
+        if not faster:
+            faster.append(True)
+            copy_code(checkout, tmp_path / "code")
+        replace(source, target)
+
+    monkeypatch.setattr(snapshot.os, "replace", late)
+    copy = copy_code(checkout, tmp_path / "code")
+    assert faster and [path.name for path in (tmp_path / "code").iterdir()] == [copy.name]
+
+
 def test_a_run_directory_inside_the_work_tree_gets_the_dirty_files(checkout):
     make_dirty(checkout)
     copy = copy_code(checkout, checkout / "runs" / "demo" / "code")
@@ -152,7 +176,7 @@ def test_code_that_is_edited_while_it_is_copied_is_refused(checkout, tmp_path, m
     monkeypatch.setattr(snapshot.shutil, "copy2", copy_and_edit)
     with pytest.raises(ValueError, match="changed while they were copied. Type the same line again"):
         copy_code(checkout, tmp_path / "code")
-    assert not [path for path in (tmp_path / "code").iterdir() if path.is_dir()]
+    assert list((tmp_path / "code").iterdir()) == []
 
 
 @pytest.fixture(scope="module")
