@@ -35,13 +35,16 @@ class User:
     folder: Path
     uid: int | None = None  # None = that of the tests
 
-    def type(self, *words: str, module: str = "tdro_hpc.submit", status: int | None = 0) -> subprocess.CompletedProcess:
+    def type(
+        self, *words: str, module: str = "tdro_hpc.submit", status: int | None = 0, seconds: float = 120.0
+    ) -> subprocess.CompletedProcess:
         """`python -m <module> <words>` in the folder; its exit status must be `status` (None: any)."""
         environment = {**self.cluster.environment, "PYTHONPATH": str(ROOT), "HOME": str(self.folder)}
         options: dict[str, Any] = {"cwd": self.folder, "env": environment}
         if self.uid is not None:
             options |= {"user": self.uid, "group": self.uid, "extra_groups": []}
-        return self.cluster.run(sys.executable, "-m", module, *words, status=status, **options)
+        command = [sys.executable, "-m", module, *words]
+        return self.cluster.run(*command, status=status, timeout_seconds=seconds, **options)
 
     def count(self, *words: str, status: int | None = 0) -> subprocess.CompletedProcess:
         """The front door over the counting stages (tests/launch/counting.py) on two nodes with two ranks each."""
