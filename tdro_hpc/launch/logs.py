@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tdro_hpc.launch.progress import FIRST_LOG, LogTail
 from tdro_hpc.launch.queue import Queue, ask_queue
-from tdro_hpc.launch.reasons import SeenStage, Stages, reason
-from tdro_hpc.launch.record import DONE
+from tdro_hpc.launch.reasons import SeenStage, Stages, reason, unexplained_job
+from tdro_hpc.launch.record import DONE, FAILED, read_json
+from tdro_hpc.launch.sbatch import slurm_folder
 from tdro_hpc.launch.status import queue_of, see_run
 
 _QUEUE_SECONDS = 10.0
@@ -46,16 +47,21 @@ def _time_of(stage_dir: Path) -> float:
 
 
 def batch_logs(stage_dir: Path) -> list[Path]:
-    """Files with words of the batch scripts of a stage, oldest first: of a setup that failed, of srun, of Slurm."""
-    folder = stage_dir / "log" / "slurm"
-    found = [path for pattern in ("*.err", "*.out") for path in folder.glob(pattern) if path.stat().st_size]
-    return sorted(found, key=lambda path: (path.stat().st_mtime, path))
+    """Files with words of the batch scripts of a stage, oldest first: of a setup that failed, of srun, of Slurm.
+
+    What they wrote to standard output only counts where there is nothing else.
+    """
+    for pattern in ("*_log.err", "*_log.out"):
+        found = [path for path in slurm_folder(stage_dir).glob(pattern) if path.stat().st_size]
+        if found:
+            return sorted(found, key=lambda path: (path.stat().st_mtime, path))
+    return []
 
 
 def print_log(run_dir: Path, wanted: str, *, follow: bool) -> None:
     """Print the log of rank 0, and with `follow` what is added until the stage is over.
 
-    Where no rank has said anything, or its job ended badly, what the batch script said follows.
+    Where no rank could say how the job ended, what its batch script said follows.
     """
     queue = queue_of([run_dir])
     stages = see_run(run_dir, queue)
@@ -81,7 +87,7 @@ def print_log(run_dir: Path, wanted: str, *, follow: bool) -> None:
     if queue is not None:
         _print_batch_words(stages[name], tail)
         if follow:
-            print(f"{name} {stages[name].state.status}: {reason(stages[name], stages, {})}")
+            print(f"{name}: {reason(stages[name], stages, {})}")
 
 
 def _asked_again(before: Queue) -> Queue:
@@ -91,12 +97,11 @@ def _asked_again(before: Queue) -> Queue:
 
 
 def _print_batch_words(stage: SeenStage, tail: LogTail) -> None:
-    """What the batch script said, where rank 0 said nothing or its words are older and the stage is not done."""
+    """What the batch script said, where rank 0 said nothing, or where its words do not tell how the job ended."""
     logs = batch_logs(stage.folder)
-    if not logs or (stage.folder / DONE).exists():
-        return
-    rank_log = stage.folder / "log" / FIRST_LOG
-    if tail.offset and logs[-1].stat().st_mtime < rank_log.stat().st_mtime:
-        return
-    text = logs[-1].read_text(encoding="utf-8", errors="replace")
-    print(f"--- {logs[-1]}\n{text[-_SHOWN_BYTES:].rstrip()}")
+    failed = read_json(stage.folder / FAILED) or {}
+    # A first cause that a rank has told lies in a file of its own.
+    is_needed = not tail.offset or unexplained_job(stage) or Path(failed.get("log", "")).parent.name == "slurm"
+    if logs and is_needed and not (stage.folder / DONE).exists():
+        text = logs[-1].read_text(encoding="utf-8", errors="replace")
+        print(f"--- {logs[-1]}\n{text[-_SHOWN_BYTES:].rstrip()}")

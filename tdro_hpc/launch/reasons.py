@@ -101,15 +101,21 @@ def reason(stage: SeenStage, stages: Stages, accounting: Mapping[str, str]) -> s
     if state.status == "unknown":
         return f"job {state.job}: squeue did not answer"
     if state.status == "failed":
-        return f"dead: {stage.name} failed {state.problem}"
+        return _failed_words(stage)
     failed = failed_before(stage, stages)
     if failed is not None and state.status in ("new", "stopped"):
-        return f"dead: {failed.name} failed {failed.state.problem}"
+        return _failed_words(failed)
     if state.status == "stale":
         return state.problem
     if state.status == "stopped":
         return _stopped_words(stage, accounting)
     return _new_words(stage, stages, accounting)
+
+
+def _failed_words(stage: SeenStage) -> str:
+    """dead: s1 failed at step 400: rank 3 on node2: CUDA out of memory (log ...)."""
+    problem = stage.state.problem
+    return f"dead: {stage.name} failed{'' if problem.startswith('at step') else ':'} {problem}"
 
 
 def _running_words(state: StageState) -> str:

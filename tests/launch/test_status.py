@@ -50,6 +50,7 @@ BACK = {**STOPPED, "then": "back into the queue: restart 2 of 20"}
             "requeued by Slurm (preemption or a failed node), restart 1 of 20; queued: BeginTime (job 813)",
         ),
         (seen("s2", "failed", problem="at step 4: rank 0"), "failed", "dead: s2 failed at step 4: rank 0"),
+        (seen("s2", "failed", problem="rank 0 on n1: no module"), "failed", "dead: s2 failed: rank 0 on n1: no module"),
         (
             seen("s2", "stopped", SUBMIT, START, {**STOPPED, "then": "preempted; Slurm puts it back"}, step=120),
             "stopped",
