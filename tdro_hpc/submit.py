@@ -129,12 +129,21 @@ def run_stages(call: Call, *, graph_of: GraphOf, job_of: JobOf) -> int:
         print(flush=True)
     if plans[0].is_slurm:
         return submit_chains([(chain, planned.known) for chain, planned in zip(chains, plans, strict=True)])
-    for chain, planned in zip(chains, plans, strict=True):
+    return _run_chains(chains, plans)
+
+
+def _run_chains(chains: Sequence[Chain], plans: Sequence[Planned]) -> int:
+    """Run the chains on this machine, one after the other; the exit code of the first that is not done."""
+    for index, (chain, planned) in enumerate(zip(chains, plans, strict=True)):
         if planned.call.values:
             print(f"---- {' '.join(planned.call.values)}", flush=True)
         code = run_chain(chain)
-        if code != DONE_CODE:
-            return code
+        if code == DONE_CODE:
+            continue
+        if index + 1 < len(plans):
+            rest = [other.call.line for other in plans[index + 1 :]]
+            print("\n".join(["The other runs of the sweep were not started. Type for them:", *rest]))
+        return code
     return DONE_CODE
 
 

@@ -239,3 +239,61 @@ def test_submit_costs_under_a_second_and_imports_nothing_heavy(tmp_path):
     assert done.stderr.strip() == "[]"
     # Time of the processor, not of the clock: other tests may be at work beside this one.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
+
+
+def test_sweep_makes_a_plan_for_each_value(tmp_path, capsys):
+    code, out, err = submit(tmp_path, capsys, "stage=s0", "config=demo", "s0.steps=10,20", "dry_run=true")
+    assert code == 0 and err == ""
+    for steps in ("10", "20"):
+        assert f"---- s0.steps={steps}" in out and f"-m tdro_hpc.run {tmp_path}/demo-s0.steps{steps}/s0" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_line_of_one_run_of_a_sweep_is_its_own():
+    first, second = parse_call(["stage=s1", "name=a", "s1.eta=0.01,0.02", "force=s1"]).runs
+    assert second.line == "python -m tdro_hpc.submit stage=s1 s1.eta=0.02 name=a-eta0.02"
+    again = parse_call(second.line.split()[3:])
+    assert again.config == second.config and again.runs == (again,)
+    assert first.options == second.options == {"stage": "s1", "force": "s1"}
+
+
+def test_mistake_in_one_value_of_a_sweep_names_the_value():
+    assert problems_of("s1.eta=0.01,-2")[0].startswith("s1.eta on the command line is -2")
+    assert "s1.eta=0.01,fast" not in problems_of("s1.eta=0.01,fast")[0]
+    assert "'fast'" in problems_of("s1.eta=0.01,fast")[0]
+    assert "empty value" in problems_of("s1.eta=0.01,")[0]
+
+
+def test_lists_in_a_text_are_no_sweep():
+    call = parse_call(["s2.weights=curr,mean", "s1.top_percents=20,50"])
+    assert call.sweep == () and call.config.s2.weights == "curr,mean"
+
+
+def test_local_sweep_runs_one_after_the_other_and_stops_at_the_first_failure(tmp_path, capsys, monkeypatch):
+    rows = rows_in(tmp_path / "rows", "a")
+    run, codes = [], iter([0, 1, 0])
+    monkeypatch.setattr("tdro_hpc.submit.run_chain", lambda chain: run.append(chain) or next(codes))
+    words = ("stage=s0", "name=a", f"data.dir={rows}", "s0.steps=1000,2000,3000")
+    code, out, _ = submit(tmp_path / "runs", capsys, *words)
+    assert code == 1 and [chain.config.s0.steps for chain in run] == [1000, 2000]
+    assert [chain.run_dir.name for chain in run] == ["a-s0.steps1000", "a-s0.steps2000"]
+    saved = (tmp_path / "runs" / "a-s0.steps2000" / "config.yaml").read_text()
+    assert "steps: 2000" in saved and "name: a-s0.steps2000" in saved
+    assert "name=a-s0.steps3000" in out.splitlines()[-1]  # what to type for the rest
+
+
+def test_words_about_the_runs_of_a_sweep(tmp_path, capsys):
+    for eta in ("0.01", "0.02"):
+        plan_file(tmp_path / f"a-eta{eta}")
+    code, out, _ = submit(tmp_path, capsys, "status", "name=a", "s1.eta=0.01,0.02")
+    assert code == 0 and out.count("run ") == 2
+    code, _, err = submit(tmp_path, capsys, "cancel", "name=a", "s1.eta=0.01,0.02")
+    assert code == 2 and "Which run is meant? There are a-eta0.01, a-eta0.02." in err
+
+
+def test_status_of_a_run_that_never_met_slurm_asks_nobody(tmp_path, capsys, monkeypatch):
+    plan_file(tmp_path / "a")
+    monkeypatch.setattr("tdro_hpc.launch.status.ask_queue", lambda: pytest.fail("squeue was asked"))
+    assert submit(tmp_path, capsys, "status", "name=a")[0] == 0
+    code, out, _ = submit(tmp_path, capsys, "status", "name=a", "watch=true")  # nothing is at work: one table
+    assert code == 0 and out.count("not started yet") == 1
