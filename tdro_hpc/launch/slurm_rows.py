@@ -61,7 +61,7 @@ def slurm_work(stage_dir: Path, rows: Rows, queue: Queue | None) -> SlurmWork:
     signs = [row for row in rows if row["event"] != "submit" and row.get("job") in jobs]
     reasons = {row["job"]: row["reason"] for row in signs if row["event"] == "cancelled"}
     begun = any(row["event"] in ("start", "stopped", "end") for row in signs)
-    alive, dead = _in_queue(stage_dir, jobs, queue, begun=begun)
+    alive, dead = _in_queue(stage_dir, jobs, queue, begun=any(row["event"] == "start" for row in signs))
     return SlurmWork(
         jobs=jobs,
         submits=submits,
