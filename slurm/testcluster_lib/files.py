@@ -75,8 +75,8 @@ def slurm_conf(settings: Settings) -> str:
         f"SlurmdSpoolDir={path}/spool/%n",
         f"SlurmctldPidFile={path}/run/slurmctld.pid",
         f"SlurmdPidFile={path}/run/%n.pid",
-        # Clusters that run side by side number their jobs differently: ports made of job ids do not clash.
-        f"FirstJobId={settings.port * 10 + 1}",
+        # Jobs make a port of the last four digits of their id. Thirty clusters in a row share none of the first 333.
+        f"FirstJobId={settings.port // 100 * 333 + 1}",
         # Processes only: neither cgroups nor the true size of this machine matter.
         "ProctrackType=proctrack/linuxproc",
         "TaskPlugin=task/none",
