@@ -269,9 +269,8 @@ def _fail(stage_dir: Path, place: Place, error: BaseException, *, draw: bool = F
 
     draw  write the report of the run anew; of a job the front door does that, when the job is over
     """
-    owner = str(error) if isinstance(error, TakenOver) else taken_over()
-    if owner:
-        _end_now(owner, SLURM_STOPPED_CODE)
+    if isinstance(error, TakenOver):
+        _end_now(str(error), SLURM_STOPPED_CODE)
     # Not in the log itself: that of rank 0 is shown to a person, who is told the first cause in words.
     trace = stage_dir / "log" / f"rank{place.rank}-error.txt"
     trace.parent.mkdir(parents=True, exist_ok=True)
@@ -281,6 +280,9 @@ def _fail(stage_dir: Path, place: Place, error: BaseException, *, draw: bool = F
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Slurm knows better, and ends what is left
         several_nodes = place.executor == SLURM and place.local_world < place.world
         wait_for_another(stage_dir / FAILED, _NODE_SECONDS if several_nodes else _SECOND_HAND_SECONDS)
+    owner = taken_over()  # looked up as late as possible: the others may have gone because Slurm gave this node up
+    if owner:
+        _end_now(owner, SLURM_STOPPED_CODE)
     write_failed(stage_dir, rank=place.rank, error=words, log=trace)
     if draw:
         draw_report(stage_dir.parent)
@@ -288,9 +290,10 @@ def _fail(stage_dir: Path, place: Place, error: BaseException, *, draw: bool = F
 
 
 def _end_now(words: str, code: int) -> NoReturn:
-    print(words)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads it any more when srun is gone
+        print(words)
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Not sys.exit: that waits for threads which may hang in a collective with ranks that are gone.
     os._exit(code)
 

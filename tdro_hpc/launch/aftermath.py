@@ -114,6 +114,7 @@ def _failed_of(attempt: Attempt) -> dict[str, Any] | None:
 
 
 def _write_failed(attempt: Attempt, cause: Cause) -> None:
+    log = attempt.stage_dir / "log" / f"rank{cause.rank}.log" if cause.host else attempt.log
     write_json(
         attempt.stage_dir / FAILED,
         {
@@ -122,7 +123,7 @@ def _write_failed(attempt: Attempt, cause: Cause) -> None:
             "rank": cause.rank,
             "host": cause.host or socket.gethostname(),
             "error": cause.words,
-            "log": str(attempt.log),
+            "log": str(log if log.is_file() else attempt.log),
         },
     )
 

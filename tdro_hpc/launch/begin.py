@@ -121,7 +121,7 @@ def _refuse(
             f"{name} has to be made again ({state.problem}), which submit prepares. "
             f"Type: python -m tdro_hpc.submit stage={name} name={run}"
         )
-    if not state.step:
+    if not state.step or not state.attempt:
         return  # nothing was saved: it begins anew
     changes = changed_keys(state.keys, keys)
     if changes:

@@ -13,9 +13,9 @@ _SECOND_HAND = ("another rank", "connection closed", "connection reset", "broken
 _POLL_SECONDS = 0.25
 # srun: error: node2: tasks 2-3: Killed      before Slurm 23 and after
 _TASK = re.compile(r"^srun: error: (?P<hosts>\S+): tasks? (?P<tasks>[\d,-]+): (?P<words>.+)$")
-_JOB_ENDED = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO (?P<why>[A-Z ]+?))? \*\*\*")
+_JOB_ENDED = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO (?P<why>[^*,]+?)(?:,[^*]*)?)? \*\*\*")
 _OF_JOB = re.compile(
-    r"^srun: error: (?P<words>(?:Unable to|Task launch|Application launch|Node failure|Invalid|Job step creation).*)$"
+    r"^srun: error: (?P<words>(?:Unable to|Task launch|Application launch|Invalid|Job step creation).*)$"
 )
 _MEANINGS = (
     (
@@ -76,7 +76,10 @@ def ended_by_slurm(text: str) -> str | None:
     """Why Slurm ended the job itself: JOB REQUEUE, PREEMPTION, TIME LIMIT, NODE FAILURE ..., empty = a person
     cancelled it; None when it did not."""
     found = list(_JOB_ENDED.finditer(text))
-    return (found[-1]["why"] or "") if found else None
+    if found:
+        return found[-1]["why"] or ""
+    # The batch shell of a node that Slurm has given up hears of it from srun only.
+    return "NODE FAILURE" if re.search(r"^srun: error: Node failure on ", text, flags=re.MULTILINE) else None
 
 
 def _first_host(hosts: str) -> str:

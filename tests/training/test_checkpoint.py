@@ -1,9 +1,11 @@
 import json
+import shutil
+import threading
 
 import pytest
 import torch
 
-from tdro_hpc.training.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
+from tdro_hpc.training.checkpoint import checkpoint_steps, load_checkpoint, newest_step, save_checkpoint
 
 
 class Counter:
@@ -67,3 +69,22 @@ def test_files_are_safetensors_and_json_only(tmp_path):
     folder = tmp_path / "step-00000007"
     assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.safetensors"]
     assert json.loads((folder / "state.json").read_text()) == {"step": 7, "values": {"a": {"count": 7}}}
+
+
+def test_step_that_rank_0_names_is_loaded_and_not_a_newer_one(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"a": Counter(step)}, keep=2)
+    part = Counter(0)
+    assert newest_step(tmp_path) == 2 and newest_step(tmp_path / "none") == 0
+    assert load_checkpoint(tmp_path, {"a": part}, step=1) == 1 and part.count == 1
+
+
+def test_checkpoint_that_a_network_disk_shows_late_is_waited_for(tmp_path):
+    save_checkpoint(tmp_path / "real", 3, {"a": Counter(3)}, keep=1)
+    arrival = threading.Timer(0.3, shutil.copytree, (tmp_path / "real", tmp_path / "late"))
+    arrival.start()
+    part = Counter(0)
+    assert load_checkpoint(tmp_path / "late", {"a": part}, step=3, patience_seconds=20) == 3 and part.count == 3
+    arrival.join()
+    with pytest.raises(ValueError, match="Rank 0 sees the checkpoint .*step-00000004, but .* did not within 0 s"):
+        load_checkpoint(tmp_path / "late", {"a": part}, step=4, patience_seconds=0.1)
