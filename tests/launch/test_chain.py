@@ -115,7 +115,7 @@ def test_script_of_dry_run_does_what_the_job_does(tmp_path):
     assert total_of(tmp_path, "s0") == str(sum(range(31))) and steps_done(tmp_path, "s0") == 30
     assert json.loads((tmp_path / "demo" / "s0" / "DONE.json").read_text())["ranks"] == 2
     third = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
-    assert third.returncode == 0 and third.stdout.count("s0 is done") == 2
+    assert third.returncode == 0 and third.stdout.count("s0 is done") == 1
 
 
 def test_status_and_logs_of_a_finished_run(finished):
