@@ -11,7 +11,8 @@ set -u
 script=$(dirname -- "${BASH_SOURCE[0]}")/stage.sbatch
 stages=()
 keys=()
-name=default
+name=""
+config=""
 while [ $# -gt 0 ]; do
   case $1 in
     --)
@@ -26,6 +27,10 @@ while [ $# -gt 0 ]; do
       name=${1#name=}
       keys+=("$1")
       ;;
+    config=*)
+      config=${1#config=}
+      keys+=("$1")
+      ;;
     *=*) keys+=("$1") ;;
     *) stages+=("$1") ;;
   esac
@@ -38,6 +43,22 @@ if [ ${#stages[@]} -eq 0 ]; then
   echo "such as: slurm/chain.sh s0 s1 s2 config=demo name=mine -- --partition=gpu" >&2
   exit 2
 fi
+
+# Without name= the run is called what the file of config= says. A mistake in a key is said here, and not hours later.
+if [ -z "$name" ] && [ -n "$config" ]; then
+  name=$(python - "${keys[@]}" <<'END'
+import sys
+
+from tdro_hpc.config.load import load_config
+
+try:
+    print(load_config(sys.argv[1:]).config.name)
+except ValueError as mistakes:
+    sys.exit(str(mistakes))
+END
+  ) || exit 2
+fi
+name=${name:-default}
 
 jobs=()
 for stage in "${stages[@]}"; do

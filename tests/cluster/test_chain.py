@@ -22,9 +22,8 @@ def on_this_machine(words: list[str]) -> list[str]:
 def tensors(stage_dir: Path) -> dict[str, bytes]:
     """Bytes of every tensor below out/, by file and name."""
     files = sorted((stage_dir / "out").rglob("*.safetensors"))
-    return {
-        f"{file.name} {name}": tensor.numpy().tobytes() for file in files for name, tensor in load_file(file).items()
-    }
+    found = {(file.name, name): tensor for file in files for name, tensor in load_file(file).items()}
+    return {f"{file} {name}": tensor.numpy().tobytes() for (file, name), tensor in found.items()}
 
 
 def texts(stage_dir: Path, pattern: str) -> dict[str, str]:

@@ -63,6 +63,14 @@ def test_options_behind_two_dashes_go_to_sbatch(calls):
     assert lines_of(calls / "sbatch") == [expected]
 
 
+def test_the_name_of_the_run_may_come_from_a_file(calls):
+    done = run(CHAIN, "s0", "config=demo")
+    assert done.returncode == 0 and "status name=demo\n" in done.stdout, done.stderr
+    assert "--job-name=tdro-demo-s0 " in lines_of(calls / "sbatch")[0]
+    refused = run(CHAIN, "s0", "config=demo", "s0.step=3")
+    assert refused.returncode == 2 and "s0.steps" in refused.stderr and len(lines_of(calls / "sbatch")) == 1
+
+
 def test_a_refused_stage_takes_the_jobs_before_it_back(calls):
     refused = run(CHAIN, "s0", "s1", "s2", "eval", "name=mine")
     assert refused.returncode == 2
