@@ -173,14 +173,14 @@ def _older_inputs(stage: Stage, state: StageState, states: Mapping[str, StageSta
 def _missing(
     graph: Mapping[str, Stage], steps: Mapping[str, PlannedStage], states: Mapping[str, StageState]
 ) -> set[str]:
-    """Stages that the plan lacks: needs of what runs that are not done, and needs between two stages of the plan."""
+    """Stages that the plan lacks: needs that are not done of what is to begin, and needs between two of its stages."""
     redone = {name for name, step in steps.items() if step.action != SKIP}
     missing: set[str] = set()
     for name, step in steps.items():
         for need in graph[name].needs:
             if need in steps:
                 continue
-            not_done = step.action == RUN and states[need].status != "done"
+            not_done = step.action in (RUN, QUEUED) and states[need].status != "done"
             if not_done or _ancestors(graph, need) & redone:
                 missing.add(need)
     return missing
