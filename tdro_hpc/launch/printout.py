@@ -109,7 +109,7 @@ def _submissions(step: PlannedStage, plan: Plan, config: Config, run_dir: Path) 
     lines = [f"# {_line(sbatch_command(script, after=after))}"]
     links = config.cluster.max_restarts + 1 if config.cluster.requeue == "links" else 1
     if links > 1:
-        next_link = _line(sbatch_command(script, after=["<job of the link before>"], any_state=True))
+        next_link = _line(sbatch_command(script, after=after, link_before="<job of the link before>"))
         lines.append(f"# {next_link}    (links 2 to {links})")
     return lines
 

@@ -47,16 +47,18 @@ def sbatch_script(
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def sbatch_command(script: Path | str, *, after: Sequence[str], any_state: bool = False) -> list[str]:
+def sbatch_command(script: Path | str, *, after: Sequence[str], link_before: str = "") -> list[str]:
     """The command that submits a script.
 
-    after       ids of jobs that have to be over before; [] = none
-    any_state   they may have ended in any way; otherwise they must have ended well, or Slurm cancels this one
+    after        ids of jobs that have to end well before, or Slurm cancels this one; [] = none
+    link_before  id of the link before this one, which has to be over, however it ended; empty = this is the first
     """
-    if not after:
+    # Every link waits for the inputs: when one of them fails, the first link is cancelled, and is over thereby.
+    dependencies = [":".join(["afterok", *after])] if after else []
+    dependencies += [f"afterany:{link_before}"] if link_before else []
+    if not dependencies:
         return ["sbatch", str(script)]
-    kind = "afterany" if any_state else "afterok"
-    return ["sbatch", f"--dependency={':'.join([kind, *after])}", "--kill-on-invalid-dep=yes", str(script)]
+    return ["sbatch", f"--dependency={','.join(dependencies)}", "--kill-on-invalid-dep=yes", str(script)]
 
 
 def executor_for(
@@ -68,7 +70,7 @@ def executor_for(
     code: Path | None,
     link: int = 1,
     after: Sequence[str] = (),
-    any_state: bool = False,
+    link_before: str = "",
 ) -> "SlurmExecutor":
     """submitit's Slurm executor, told everything that `cluster` says; makes the script and submits it."""
     assert stage_dir.is_absolute(), "a job starts in a folder that is not known here"
@@ -94,7 +96,7 @@ def executor_for(
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
             removed = [word for name in _OF_ANOTHER_JOB for word in ("-u", name)]
-            return ["env", *removed, *sbatch_command(submission_file_path, after=after, any_state=any_state)]
+            return ["env", *removed, *sbatch_command(submission_file_path, after=after, link_before=link_before)]
 
     executor = StageExecutor(slurm_folder(stage_dir), python=python_of(config))
     executor.update_parameters(

@@ -172,7 +172,6 @@ def _submit_links(
     for link in range(1, links + 1):
         if signals.numbers:
             raise _Interrupted
-        before = after if link == 1 else ids[-1:]
         try:
             job = submit_job(
                 chain.config,
@@ -181,8 +180,8 @@ def _submit_links(
                 ranks=chain.ranks[step.stage.name],
                 code=code,
                 job_of=chain.job_of,
-                after=before,
-                any_state=link > 1,
+                after=after,
+                link_before=ids[-1] if ids else "",
                 link=link,
             )
         except FailedSubmission:
@@ -196,7 +195,7 @@ def _submit_links(
             job=job,
             keys=step.state.keys_now,
             fresh=step.fresh and link == 1,
-            after=before,
+            after=[*after, *ids[:-1][-1:]],
             link=link,
             links=links,
             max_restarts=cluster.max_restarts,

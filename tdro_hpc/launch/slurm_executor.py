@@ -71,25 +71,26 @@ def submit_job(
     code: Path | None,
     job_of: JobOf,
     after: Sequence[str],
-    any_state: bool,
+    link_before: str,
     link: int,
 ) -> str:
     """Submit the job of a stage; its id. Leaves <stage>/job.sbatch and what submitit keeps in <stage>/log/slurm.
 
     stage_dir   absolute; config.yaml is in it
     code        folder of take_snapshot; None = the code as it is when the job starts
-    after       ids of jobs that have to be over before; any_state = whatever their end, otherwise they must end well
+    after       ids of jobs that have to end well before
+    link_before id of the link before this one, which may end in any way; empty = none
     link        which of the jobs in a row under cluster.requeue=links, from 1
     raises      FailedSubmission with sbatch's words
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     script = stage_dir / JOB_SCRIPT
-    command = shlex.join(sbatch_command(script, after=after, any_state=any_state))
+    command = shlex.join(sbatch_command(script, after=after, link_before=link_before))
     if shutil.which("sbatch") is None:
         raise FailedSubmission(stage.name, command, "sbatch is not installed here")
     executor = executor_for(
-        config, stage, stage_dir, ranks=ranks, code=code, link=link, after=after, any_state=any_state
+        config, stage, stage_dir, ranks=ranks, code=code, link=link, after=after, link_before=link_before
     )
     if link == 1:  # those of the other links differ in nothing but the name of the job
         write_text(script, sbatch_script(config, stage, stage_dir, ranks=ranks, code=code))

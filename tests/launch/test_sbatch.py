@@ -154,16 +154,17 @@ def test_a_folder_with_blanks_is_one_word(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("after", "any_state", "expected"),
+    ("after", "link_before", "expected"),
     [
-        ([], False, ["sbatch", "x.sh"]),
-        (["7"], False, ["sbatch", "--dependency=afterok:7", "--kill-on-invalid-dep=yes", "x.sh"]),
-        (["7", "9"], False, ["sbatch", "--dependency=afterok:7:9", "--kill-on-invalid-dep=yes", "x.sh"]),
-        (["7"], True, ["sbatch", "--dependency=afterany:7", "--kill-on-invalid-dep=yes", "x.sh"]),
+        ([], "", ["sbatch", "x.sh"]),
+        (["7"], "", ["sbatch", "--dependency=afterok:7", "--kill-on-invalid-dep=yes", "x.sh"]),
+        (["7", "9"], "", ["sbatch", "--dependency=afterok:7:9", "--kill-on-invalid-dep=yes", "x.sh"]),
+        ([], "8", ["sbatch", "--dependency=afterany:8", "--kill-on-invalid-dep=yes", "x.sh"]),
+        (["7"], "8", ["sbatch", "--dependency=afterok:7,afterany:8", "--kill-on-invalid-dep=yes", "x.sh"]),
     ],
 )
-def test_the_dependency_stands_on_the_command_line(after, any_state, expected):
-    assert sbatch_command("x.sh", after=after, any_state=any_state) == expected
+def test_the_dependency_stands_on_the_command_line(after, link_before, expected):
+    assert sbatch_command("x.sh", after=after, link_before=link_before) == expected
 
 
 def run_script(folder: Path, *words: str, srun: str) -> "subprocess.CompletedProcess[str]":

@@ -90,8 +90,8 @@ def test_links_follow_each_other_whatever_happens_and_the_next_stage_waits_for_t
         "afterany:811",
         "afterany:812",
         "afterok:813",
-        "afterany:814",
-        "afterany:815",
+        "afterok:813,afterany:814",
+        "afterok:813,afterany:815",
     ]
     rows = rows_of(door.stage("s1"), "submit")
     assert [(row["link"], row["links"], row["fresh"]) for row in rows] == [(1, 3, True), (2, 3, False), (3, 3, False)]

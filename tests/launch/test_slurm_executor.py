@@ -42,7 +42,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> 
 
 
 def submit(tmp_path: Path, **changes: object) -> str:
-    given: dict = {"code": tmp_path / "code", "after": [], "any_state": False, "link": 1} | changes
+    given: dict = {"code": tmp_path / "code", "after": [], "link_before": "", "link": 1} | changes
     return submit_job(CONFIG, STAGE, tmp_path / "run" / "s1", ranks=4, job_of=Work, **given)
 
 
@@ -64,8 +64,8 @@ def test_a_submission_gives_the_id_and_leaves_script_and_pickle(answer, tmp_path
 def test_links_wait_for_any_end_and_keep_the_script_of_the_first(tmp_path, monkeypatch):
     stand_in(tmp_path, monkeypatch, sbatch="echo Submitted batch job 813")
     submit(tmp_path)
-    submit(tmp_path, after=["812"], any_state=True, link=2)
-    assert "--dependency=afterany:812" in (tmp_path / "sbatch.calls").read_text().splitlines()[1]
+    submit(tmp_path, after=["811"], link_before="812", link=2)
+    assert "--dependency=afterok:811,afterany:812" in (tmp_path / "sbatch.calls").read_text().splitlines()[1]
     assert "--job-name=tdro-demo-s1\n" in (tmp_path / "run/s1/job.sbatch").read_text()
 
 
