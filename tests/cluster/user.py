@@ -46,9 +46,9 @@ class User:
         command = [sys.executable, "-m", module, *words]
         return self.cluster.run(*command, status=status, timeout_seconds=seconds, **options)
 
-    def count(self, *words: str, status: int | None = 0) -> subprocess.CompletedProcess:
+    def count(self, *words: str, name: str = "count", status: int | None = 0) -> subprocess.CompletedProcess:
         """The front door over the counting stages (tests/launch/counting.py) on two nodes with two ranks each."""
-        keys = ["cluster=testcluster", "name=count", "s0.warmup_steps=0", "logging.plots=false", "eval.models=base"]
+        keys = ["cluster=testcluster", f"name={name}", "s0.warmup_steps=0", "logging.plots=false", "eval.models=base"]
         return self.type("submit", *words, *keys, module="tests.launch.counting", status=status)
 
     def make_data(self) -> None:
