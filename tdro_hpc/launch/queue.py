@@ -64,12 +64,24 @@ class Queue:
 
     def never_starts(self, job: QueueJob) -> bool:
         """Whether it waits for something that has failed, or for another job in the queue that does."""
-        if not job.waits:
-            return False
-        if job.reason == NEVER or "(failed)" in job.dependency:
-            return True
-        parents = [self.jobs[parent] for parent in _parents(job) if parent in self.jobs]
-        return any(self.never_starts(parent) for parent in parents)
+        return job.job in self._dead
+
+    @cached_property
+    def _dead(self) -> set[str]:
+        """Ids of the jobs that never start."""
+        waiting = [job for job in self.jobs.values() if job.waits]
+        children: dict[str, list[str]] = {}
+        for job in waiting:
+            for parent in re.findall(r":(\d+)", job.dependency):  # afterok:811(unfulfilled),afterany:810
+                children.setdefault(parent, []).append(job.job)
+        found: set[str] = set()
+        left = [job.job for job in waiting if job.reason == NEVER or "(failed)" in job.dependency]
+        while left:
+            dead = left.pop()
+            if dead not in found:
+                found.add(dead)
+                left += children.get(dead, [])
+        return found
 
     @cached_property
     def _by_folder(self) -> dict[str, list[QueueJob]]:
@@ -92,11 +104,6 @@ def plain_id(job: str) -> str:
 def _age(job: str) -> tuple[int, str]:
     number = re.match(r"\d*", job)
     return (int(number.group() or 0) if number else 0, job)
-
-
-def _parents(job: QueueJob) -> list[str]:
-    """Ids that a dependency such as afterok:811(unfulfilled),afterany:810:812 names."""
-    return re.findall(r":(\d+)", job.dependency)
 
 
 def ask_queue() -> Queue:

@@ -118,6 +118,12 @@ def test_what_waits_for_a_failed_job_never_starts_nor_what_waits_for_that():
     assert [job.job for job in queue.jobs.values() if queue.never_starts(job)] == ["813", "814", "815"]
 
 
+def test_a_long_row_of_jobs_behind_a_failed_one_is_seen_through():
+    row = [QueueJob(str(job), "PENDING", "Dependency", f"afterany:{job - 1}(unfulfilled)") for job in range(2, 3000)]
+    queue = queue_of(QueueJob("1", "PENDING", "DependencyNeverSatisfied"), *row)
+    assert all(queue.never_starts(job) for job in queue.jobs.values())
+
+
 def test_squeue_is_asked_once_for_this_user_whatever_the_settings_of_the_user_say(tmp_path, monkeypatch):
     put(tmp_path / "bin", monkeypatch, "squeue", f'echo "$SQUEUE_STATES$SQUEUE_FORMAT2 $*" >> {tmp_path}/calls')
     monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
