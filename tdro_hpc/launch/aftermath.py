@@ -24,6 +24,7 @@ from tdro_hpc.launch.place import SLURM, Place
 from tdro_hpc.launch.rank_log import ATTEMPT
 from tdro_hpc.launch.record import DONE, FAILED, progress_of, read_json
 from tdro_hpc.launch.requeue import STOPPED_CODE, after_stop, submit_row
+from tdro_hpc.launch.sbatch import SETUP_FAILED
 
 DONE_CODE, FAILED_CODE, MISTAKE_CODE = 0, 1, 2
 _TAIL_LINES = 15
@@ -98,7 +99,8 @@ def settle(attempt: Attempt) -> int:
     elif failed is None:
         tail = [line for line in attempt.words.splitlines() if line.strip()][-_TAIL_LINES:]
         how = f"srun left with exit code {attempt.code}" if attempt.code else "srun left well, but without DONE.json,"
-        _write_failed(attempt, Cause("\n".join([f"{how} before a rank could say why", *tail])))
+        setup = next((line for line in tail if line.startswith(SETUP_FAILED)), "")
+        _write_failed(attempt, Cause("\n".join([setup or f"{how} before a rank could say why", *tail])))
     return _end_failed(attempt)
 
 

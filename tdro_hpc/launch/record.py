@@ -108,7 +108,7 @@ def read_state(stage_dir: Path, *, keys_now: Mapping[str, Any] | None = None, qu
         if status:
             words = queue.problem if status == "unknown" and queue is not None else ""
             return _with(state, status=status, problem=words)
-    return _finished_state(stage_dir, state, lost_words(work) if queue is not None else "")
+    return _finished_state(stage_dir, state, lost_words(stage_dir, work) if queue is not None else "")
 
 
 def _begun_state(stage_dir: Path, rows: list[dict[str, Any]]) -> StageState:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
 AFTERMATH = "tdro_hpc.launch.aftermath"
+SETUP_FAILED = "a line of cluster.setup failed"
 # What a shell inside another job has, and sbatch would hand on: srun would spread the ranks of this job as that one's.
 _OF_ANOTHER_JOB = (
     *("SLURM_DISTRIBUTION", "SLURM_HINT", "SLURM_EXACT", "SLURM_EXCLUSIVE", "SLURM_EXPORT_ENV", "SLURM_RESTART_COUNT"),
@@ -165,7 +166,7 @@ def _setup(config: Config, stage_dir: Path, code: Path | None) -> list[str]:
     if config.cluster.setup:
         # The exit trap tells of a line that fails inside a shell function too, which a trap on ERR does not.
         # No `set -u`: the scripts of modules and conda read variables that are not set.
-        words = "a line of cluster.setup failed with exit code $code: $BASH_COMMAND"
+        words = f"{SETUP_FAILED} with exit code $code: $BASH_COMMAND"
         failed = ["code=$?", f'echo "{words}" >&2', f'{_aftermath(config, stage_dir, code)} "$code"']
         lines += [
             "trap " + shlex.quote("\n".join(failed)) + " EXIT",

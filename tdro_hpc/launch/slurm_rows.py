@@ -132,7 +132,7 @@ def status_by_rows(work: SlurmWork) -> str:
     return "queued" if work.has_more else "stopped"
 
 
-def lost_words(work: SlurmWork) -> str:
+def lost_words(stage_dir: Path, work: SlurmWork) -> str:
     """Why a submission came to nothing before it began, in words; empty when it began. The queue has answered."""
     if work.dead and not work.begun:
         return f"job {work.dead[0].job} could never start: what it waited for has failed"
@@ -140,4 +140,8 @@ def lost_words(work: SlurmWork) -> str:
         return ""
     if work.cancelled:
         return f"job {work.jobs[0]} was cancelled before it began: {work.cancelled}"
-    return f"job {work.jobs[0]} left the queue before it began"
+    # Not even our Python ran, or what is told here would stand in FAILED.json.
+    log = stage_dir / "log" / "slurm" / f"{work.jobs[0]}_0_log.err"
+    said = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+    last = next((line.strip() for line in reversed(said) if line.strip()), "")
+    return f"job {work.jobs[0]} left the queue before it began" + (f"; it said: {last} (log {log})" if last else "")

@@ -3,7 +3,8 @@
     python -m tests.launch.counting submit ...      the front door with these stages instead of the package's
     python -m tests.launch.counting run <folder>    one rank by hand
 
-<run>/orders.json = {"stage", "rank", "step", "how"} lets a rank raise, exit, or be killed at a step, once.
+<run>/orders.json = {"stage", "rank", "step", "how"} lets a rank raise, exit, be killed, fill the disk, or wait for the
+file {"until"} of the run at a step, once.
 """
 
 import json
@@ -12,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,18 @@ def _obey(run_dir: Path, stage: str, rank: int, step: int) -> None:
         raise ValueError("the loss is not finite\nat row 7")
     if orders["how"] == "exit":
         os._exit(9)
-    os.kill(os.getpid(), signal.SIGKILL)
+    if orders["how"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if orders["how"] == "fill":
+        _fill_disk(run_dir / "of-somebody-else.bin")
+    while orders["how"] == "wait" and not (run_dir / orders["until"]).exists():
+        time.sleep(0.05)
+
+
+def _fill_disk(path: Path) -> None:
+    with suppress(OSError), open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 if __name__ == "__main__":

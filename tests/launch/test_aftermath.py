@@ -99,6 +99,11 @@ def test_failure_before_any_rank_came_to_life(stage_dir):
     assert ended(stage_dir, 1, "module: no such module cuda/99\n") == 1
     assert "exit code 1" in failed(stage_dir)["error"] and "no such module cuda/99" in failed(stage_dir)["error"]
     assert ended(stage_dir, 1, "srun: error: Unable to create step for job 812: Invalid gres\n") == 1
+    words = "a line of cluster.setup failed with exit code 127: module load cuda/99"
+    submitted(stage_dir, "813")
+    os.utime(stage_dir / "FAILED.json", (1.0, 1.0))
+    assert ended(stage_dir, 127, f"module: command not found\n{words}\n", job="813") == 1
+    assert failed(stage_dir)["error"].split("\n") == [words, "module: command not found", words]
 
 
 def test_link_after_a_failed_one_keeps_its_cause(stage_dir):

@@ -167,6 +167,12 @@ def test_a_job_that_left_the_queue_before_it_began_is_named(tmp_path):
     state = read_state(tmp_path, queue=EMPTY)
     assert (state.status, state.problem) == ("new", "job 812 left the queue before it began")
     assert (state.job, state.jobs, state.executor) == ("812", (), "slurm")
+    log = tmp_path / "log" / "slurm" / "812_0_log.err"
+    log.parent.mkdir(parents=True)
+    log.write_text("srun: Terminating\nline 31: /no/python: No such file or directory\n\n")
+    assert f"began; it said: line 31: /no/python: No such file or directory (log {log})" in (
+        read_state(tmp_path, queue=EMPTY).problem
+    )
     append_event(tmp_path, "cancelled", job="812", reason="cancelled by submit cancel")
     assert read_state(tmp_path, queue=EMPTY).problem == (
         "job 812 was cancelled before it began: cancelled by submit cancel"
