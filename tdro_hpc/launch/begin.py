@@ -104,6 +104,11 @@ def begin_by_hand(
             if row is not None and row["job"] != place.job:
                 where = f", pid {row['pid']} on {row['host']}" if row.get("host") else ""
                 raise ValueError(f"{stage.name} is running already: job {row['job']}{where}.")
+            if state.status == "unknown":
+                raise ValueError(
+                    f"{stage.name} may be at work as job {state.job}, but squeue did not answer: {state.problem}. "
+                    "A second copy could be started; start it again when squeue answers."
+                )
             _refuse(stage_dir, stage, state, keys=keys, inputs=inputs)
         if save:
             save_config(config, stage_dir / "config.yaml")

@@ -146,6 +146,15 @@ def test_by_hand_is_refused_while_slurm_has_the_stage(stage_dir, monkeypatch):
     assert by_hand(stage_dir, job="812") is None
 
 
+def test_by_hand_is_refused_while_nobody_knows_whether_slurm_has_the_stage(stage_dir, monkeypatch):
+    submit(stage_dir, "7", fresh=False)
+    monkeypatch.setattr(module, "ask_queue", lambda: Queue(problem="Unable to contact slurm controller"))
+    place = Place(job="8", executor="slurm")
+    with pytest.raises(ValueError, match="job 7, but squeue did not answer: Unable to contact slurm controller"):
+        begin_by_hand(stage_dir, CONFIG, STAGE, place, keys={}, inputs={}, save=False)
+    assert last(stage_dir)["event"] == "submit"
+
+
 def test_by_hand_of_a_done_and_of_a_stale_stage(stage_dir):
     done(stage_dir)
     assert by_hand(stage_dir) == 0
