@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +26,14 @@ from typing import Any, NoReturn
 from tdro_hpc.config.load import load_config
 from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.begin import begin_by_hand, begin_in_slurm
+from tdro_hpc.launch.chain import save_plan_by_hand
 from tdro_hpc.launch.drawing import draw_plots, draw_report
 from tdro_hpc.launch.executor import rendezvous_file
 from tdro_hpc.launch.first_cause import is_second_hand, wait_for_another
 from tdro_hpc.launch.hold import TakenOver, check_hold, join_hold, taken_over
 from tdro_hpc.launch.jobs import append_event, read_jsonl, rows_of_this_making, seconds_spent
 from tdro_hpc.launch.keys import result_keys
+from tdro_hpc.launch.last_words import leave_trace
 from tdro_hpc.launch.place import SLURM, Place, is_rank_of_slurm, place_by_hand, place_in_slurm
 from tdro_hpc.launch.rank_log import mark_attempt, set_logging, write_to
 from tdro_hpc.launch.record import FAILED, code_version, inputs_of, write_done, write_failed
@@ -233,9 +234,8 @@ def _begin_submitted(stage_dir: Path, config: Config, stage: Stage, place: Place
 
 def _begin_by_hand(stage_dir: Path, config: Config, stage: Stage, place: Place, *, save: bool) -> int | None:
     try:
-        inputs = inputs_of(stage, stage_dir.parent)
-        keys = result_keys(config, stage, place.world)
-        return begin_by_hand(stage_dir, config, stage, place, keys=keys, inputs=inputs, save=save)
+        made = {"keys": result_keys(config, stage, place.world), "inputs": inputs_of(stage, stage_dir.parent)}
+        return begin_by_hand(stage_dir, config, stage, place, **made, save=save)
     except ValueError as problem:
         print(problem, file=sys.stderr)
         return MISTAKE_CODE
@@ -271,11 +271,7 @@ def _fail(stage_dir: Path, place: Place, error: BaseException, *, draw: bool = F
     """
     if isinstance(error, TakenOver):
         _end_now(str(error), SLURM_STOPPED_CODE)
-    # Not in the log itself: that of rank 0 is shown to a person, who is told the first cause in words.
-    trace = stage_dir / "log" / f"rank{place.rank}-error.txt"
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    words = str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
+    trace, words = leave_trace(stage_dir, place.rank, error)
     if place.world > 1 and is_second_hand(words):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Slurm knows better, and ends what is left
         several_nodes = place.executor == SLURM and place.local_world < place.world
@@ -283,7 +279,8 @@ def _fail(stage_dir: Path, place: Place, error: BaseException, *, draw: bool = F
     owner = taken_over()  # looked up as late as possible: the others may have gone because Slurm gave this node up
     if owner:
         _end_now(owner, SLURM_STOPPED_CODE)
-    write_failed(stage_dir, rank=place.rank, error=words, log=trace)
+    with contextlib.suppress(OSError):  # launch/aftermath.py finds that a rank left without a word
+        write_failed(stage_dir, rank=place.rank, error=words, log=trace)
     if draw:
         draw_report(stage_dir.parent)
     _end_now(f"rank {place.rank} failed: {words.splitlines()[0]} (traceback in {trace})", FAILED_CODE)
@@ -367,13 +364,13 @@ def main(arguments: list[str], *, graph_of: GraphOf = stage_graph, function_of: 
     except ValueError as problem:
         print(problem, file=sys.stderr)
         return MISTAKE_CODE
-    if in_slurm:
-        mark_attempt(place)
+    mark_attempt(place) if in_slurm else None
     begun: list[Path] = []  # filled when this process has made the stage its own
 
     def begin() -> int | None:
         verdict = _begin_by_hand(stage_dir, config, stage, place, save=typed)
         begun.extend([stage_dir] if verdict is None else [])
+        save_plan_by_hand(graph_of(config), stage_dir) if begun else None
         return verdict
 
     draws = place.rank == 0 and not in_slurm and config.logging.plots  # in Slurm launch/aftermath.py does

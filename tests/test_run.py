@@ -13,6 +13,7 @@ import pytest
 
 from tdro_hpc.config.load import save_config
 from tdro_hpc.config.schema import Config, LoggingConfig, TrainingConfig
+from tdro_hpc.launch.status import status_text
 from tdro_hpc.run import main, read_stage, stage_function
 from tdro_hpc.stages.graph import stage_graph
 from tests.launch.counting import counting_graph
@@ -106,6 +107,8 @@ def test_stage_and_keys_make_the_folder_and_continue_it(tmp_path, capsys):
     assert run().returncode == 1
     folder = tmp_path / "demo" / "s0"
     assert read_stage(folder, "s0", counting_graph)[0].s0.steps == 8
+    told = status_text([folder.parent])
+    assert "dead: s0 failed at step 4" in told and f"submit config={folder / 'config.yaml'} stage=s0" in told, told
     other = run("seed=5")
     assert other.returncode == 2
     assert "s0 stopped after step 4; it was begun with seed=" in other.stderr and "force=s0 name=demo" in other.stderr

@@ -13,6 +13,7 @@ from typing import Any
 from tdro_hpc.atomic import write_json
 from tdro_hpc.config.load import save_config
 from tdro_hpc.config.schema import Config
+from tdro_hpc.launch.call import PROGRAM
 from tdro_hpc.launch.drawing import draw_report
 from tdro_hpc.launch.executor import JobOf, ask_to_stop, submit_stage
 from tdro_hpc.launch.jobs import end_orphans, last_row, read_jsonl, running_job, stage_lock
@@ -64,6 +65,13 @@ def save_plan(plan: Plan, graph: Mapping[str, Stage], run_dir: Path, line: str) 
         for stage in graph.values()
     ]
     write_json(run_dir / "plan.json", {"line": line, "time": time.time(), "stages": stages})
+
+
+def save_plan_by_hand(graph: Mapping[str, Stage], stage_dir: Path) -> None:
+    """Write plan.json of a run in which a stage was started by hand, so that status knows it; one that is there stays."""
+    if not (stage_dir.parent / "plan.json").exists():
+        line = f"{PROGRAM} config={stage_dir / 'config.yaml'} stage={stage_dir.name}"
+        save_plan(Plan(steps=()), graph, stage_dir.parent, line)
 
 
 def run_chain(chain: Chain) -> int:
