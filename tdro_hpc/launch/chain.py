@@ -68,7 +68,7 @@ def save_plan(plan: Plan, graph: Mapping[str, Stage], run_dir: Path, line: str) 
 
 
 def save_plan_by_hand(graph: Mapping[str, Stage], stage_dir: Path) -> None:
-    """Write plan.json of a run in which a stage was started by hand, so that status knows it; one that is there stays."""
+    """Let status know a run in which a stage was started by hand: write plan.json, unless it is there."""
     if not (stage_dir.parent / "plan.json").exists():
         line = f"{PROGRAM} config={stage_dir / 'config.yaml'} stage={stage_dir.name}"
         save_plan(Plan(steps=()), graph, stage_dir.parent, line)
