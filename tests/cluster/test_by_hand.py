@@ -38,7 +38,8 @@ def test_a_chain_by_hand_makes_what_the_front_door_makes(user: User) -> None:
     stage = [str(ROOT / "slurm" / "stage.sbatch"), "s0", *keys, "name=hand"]
     copy = by_hand(user, "sbatch", "--parsable", f"--dependency=after:{first}", *NODES, *stage).stdout.strip()
     user.wait(lambda: user.rows("hand", "s0", "start"))
-    assert re.search(rf"^s0 +running +{first} ", status_by_hand(user), re.MULTILINE)
+    told = user.type("status", "name=hand").stdout
+    assert re.search(rf"^s0 +running +{first} ", told, re.MULTILINE), told
     user.wait_done("hand", "s0", "s1")
     user.wait_done("door", "s0", "s1")
     user.wait_gone(first, second, copy)
@@ -51,11 +52,6 @@ def test_a_chain_by_hand_makes_what_the_front_door_makes(user: User) -> None:
     assert {user.cluster.state(job) for job in (first, second)} == {"COMPLETED"}
     # What was begun by hand the front door finds done.
     assert "Nothing to do" in user.type(*words, "stage=s1", "name=hand").stdout
-
-
-def status_by_hand(user: User) -> str:
-    """The table of a run that has no plan of the front door yet: it is made by a dry run of the same stages."""
-    return user.type("status", "name=hand").stdout
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +20,28 @@ ALL = ["s0", "s1", "s2-curr", "eval"]
 
 @pytest.fixture
 def nobody(user: User) -> Iterator[User]:
-    """Another person on the same cluster."""
-    folder = Path(tempfile.mkdtemp(prefix="tdro-nobody-", dir="/var/tmp"))
-    shutil.chown(folder, NOBODY, NOBODY)
-    yield User(user.cluster, folder, uid=NOBODY)
-    user.cancel_everything()
-    shutil.rmtree(folder, ignore_errors=True)
+    """Another person on the same cluster, with a Python that may lie where only root can look."""
+    home, programs = (Path(tempfile.mkdtemp(prefix=f"tdro-{name}-", dir="/var/tmp")) for name in ("nobody", "python"))
+    shutil.chown(home, NOBODY, NOBODY)
+    programs.chmod(0o755)
+    try:
+        python = python_for_all(programs)
+        yield User(user.cluster, home, uid=NOBODY, python=python, packages=sysconfig.get_path("purelib"))
+    finally:
+        user.cancel_everything()
+        shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(programs, ignore_errors=True)
+
+
+def python_for_all(folder: Path) -> str:
+    """This Python if everybody can call it, else a copy of its installation in the folder, without packages."""
+    own = Path(sys.executable).resolve()
+    if all(path.stat().st_mode & 0o001 for path in (own, *own.parents)):
+        return sys.executable
+    base = Path(sys.base_prefix)
+    left_out = shutil.ignore_patterns("site-packages", "test", "__pycache__", "share", "*.a")
+    shutil.copytree(base, folder / "python", ignore=left_out, symlinks=True)
+    return str(folder / "python" / own.relative_to(base.resolve()))
 
 
 def is_refused(user: User, *words: str) -> str:

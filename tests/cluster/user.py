@@ -1,9 +1,12 @@
 """A person on the login node of the test cluster: types lines, waits, and looks at what the run directory says."""
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,16 +37,18 @@ class User:
     cluster: Cluster
     folder: Path
     uid: int | None = None  # None = that of the tests
+    python: str = sys.executable
+    packages: str = ""  # folder of packages that this Python does not find by itself
 
     def type(
         self, *words: str, module: str = "tdro_hpc.submit", status: int | None = 0, seconds: float = 120.0
     ) -> subprocess.CompletedProcess:
         """`python -m <module> <words>` in the folder; its exit status must be `status` (None: any)."""
-        environment = {**self.cluster.environment, "PYTHONPATH": str(ROOT), "HOME": str(self.folder)}
+        environment = {**self.cluster.environment, "PYTHONPATH": f"{ROOT}:{self.packages}", "HOME": str(self.folder)}
         options: dict[str, Any] = {"cwd": self.folder, "env": environment}
         if self.uid is not None:
             options |= {"user": self.uid, "group": self.uid, "extra_groups": []}
-        command = [sys.executable, "-m", module, *words]
+        command = [self.python, "-m", module, *words]
         return self.cluster.run(*command, status=status, timeout_seconds=seconds, **options)
 
     def count(self, *words: str, name: str = "count", status: int | None = 0) -> subprocess.CompletedProcess:
@@ -112,6 +117,20 @@ class User:
         self.cluster.run("scancel", "--user=root", status=None)
         self.cluster.run("scancel", "--user=nobody", status=None)
         self.cluster.wait_until(lambda: not self.cluster.squeue())
+
+
+@contextmanager
+def person_on(cluster: Cluster) -> Iterator[User]:
+    """A person with an empty folder; what is left of their jobs is cancelled at the end."""
+    # Not pytest's tmp_path: jobs of other users and other nodes have to reach it.
+    folder = Path(tempfile.mkdtemp(prefix="tdro-user-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    person = User(cluster, folder)
+    try:
+        yield person
+    finally:
+        person.cancel_everything()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_test_set(folder: Path) -> None:
