@@ -20,6 +20,7 @@ from tdro_hpc.launch.drawing import draw_report
 from tdro_hpc.launch.first_cause import Cause, cause_in, ended_by_slurm, is_second_hand
 from tdro_hpc.launch.hold import HOLDER
 from tdro_hpc.launch.jobs import JOBS, append_event, newest_metrics, read_jsonl
+from tdro_hpc.launch.last_words import free_room
 from tdro_hpc.launch.place import SLURM, Place
 from tdro_hpc.launch.rank_log import ATTEMPT
 from tdro_hpc.launch.record import DONE, FAILED, progress_of, read_json
@@ -77,6 +78,7 @@ def settle(attempt: Attempt) -> int:
     if attempt.taken_over:
         print(f"{stage_dir.name} has another owner by now; nothing is noted.")
         return STOPPED_CODE
+    free_room(stage_dir)
     append_event(stage_dir, "end", job=attempt.job, exit_codes=[attempt.code])
     if (stage_dir / DONE).exists():
         return DONE_CODE

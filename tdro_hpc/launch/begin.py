@@ -14,6 +14,7 @@ from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.hold import take_hold
 from tdro_hpc.launch.jobs import JOBS, append_start, has_slurm_rows, last_row, read_jsonl, running_job, stage_lock
 from tdro_hpc.launch.keys import change_words, changed_keys
+from tdro_hpc.launch.last_words import keep_room
 from tdro_hpc.launch.place import SLURM, Place
 from tdro_hpc.launch.queue import ask_queue
 from tdro_hpc.launch.record import FAILED, StageState, clear_stage, read_state
@@ -149,6 +150,7 @@ def _note_start(
     (stage_dir / FAILED).unlink(missing_ok=True)
     if place.executor == SLURM:
         take_hold(stage_dir, place.job, place.restart)
+        keep_room(stage_dir)
     append_start(
         stage_dir,
         job=place.job,
