@@ -1,15 +1,12 @@
 """One real Slurm for the tests of this folder. Without root they are skipped, in words; on a CI machine never."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.cluster.cluster import Cluster, running_cluster
-from tests.cluster.user import User
+from tests.cluster.user import User, person_on
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +22,5 @@ def real_cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def user(real_cluster: Cluster) -> Iterator[User]:
     """A person with an empty folder; what is left of their jobs is cancelled at the end."""
-    # Not tmp_path: jobs of other users and other nodes have to reach it.
-    folder = Path(tempfile.mkdtemp(prefix="tdro-user-", dir="/var/tmp"))
-    folder.chmod(0o755)
-    person = User(real_cluster, folder)
-    try:
+    with person_on(real_cluster) as person:
         yield person
-    finally:
-        person.cancel_everything()
-        shutil.rmtree(folder, ignore_errors=True)
