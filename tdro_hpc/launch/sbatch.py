@@ -105,7 +105,7 @@ def executor_for(
         ntasks_per_node=ranks if stage.ranks == "one" else ranks // config.cluster.nodes,
         time=-(-config.cluster.time_limit_seconds // 60),
         setup=_setup(config, stage_dir, code),
-        teardown=["code=$?", f'{_aftermath(config, stage_dir, code)} "$code"', "exit $?"],
+        teardown=["code=$?", _aftermath(config, stage_dir, code), "exit $?"],
         srun_args=_srun_options(config),
         wckey=None,
         job_name=_job_name(config, stage, link),
@@ -167,7 +167,7 @@ def _setup(config: Config, stage_dir: Path, code: Path | None) -> list[str]:
         # The exit trap tells of a line that fails inside a shell function too, which a trap on ERR does not.
         # No `set -u`: the scripts of modules and conda read variables that are not set.
         words = f"{SETUP_FAILED} with exit code $code: $BASH_COMMAND"
-        failed = ["code=$?", f'echo "{words}" >&2', f'{_aftermath(config, stage_dir, code)} "$code"']
+        failed = ["code=$?", f'echo "{words}" >&2', _aftermath(config, stage_dir, code)]
         lines += [
             "trap " + shlex.quote("\n".join(failed)) + " EXIT",
             "set -e",
@@ -189,6 +189,7 @@ def _setup(config: Config, stage_dir: Path, code: Path | None) -> list[str]:
 
 
 def _aftermath(config: Config, stage_dir: Path, code: Path | None) -> str:
-    """The words that note in the stage folder how a job ended; the exit code is to follow."""
+    """The words that note in the stage folder how a job ended, whose exit code is in $code."""
     program = f"-m {AFTERMATH}" if code is None else f"{shlex.quote(str(code / 'job.py'))} -m {AFTERMATH}"
-    return f"{python_of(config)} {program} {shlex.quote(str(stage_dir))}"
+    attempt = '"$code" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}"'
+    return f"{python_of(config)} {program} {shlex.quote(str(stage_dir))} {attempt}"

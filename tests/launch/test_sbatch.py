@@ -175,7 +175,7 @@ def run_script(folder: Path, *words: str, srun: str) -> "subprocess.CompletedPro
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)
     script = script_of("s1", "cluster=slurm", f"cluster.python={programs}/python", *words, run_dir=folder / "run")
-    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": "/site"}
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": "/site", "SLURM_JOB_ID": "7"}
     return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=30)
 
 
@@ -184,14 +184,14 @@ def test_the_job_ends_with_the_code_of_its_aftermath_whatever_srun_does(tmp_path
     job = tmp_path / "run/code/0123456789/job.py"
     assert ended.stdout.splitlines() == [
         f"path {tmp_path}/run/code/0123456789:/site",
-        f"python {job} -m tdro_hpc.launch.aftermath {tmp_path}/run/s1 3",
+        f"python {job} -m tdro_hpc.launch.aftermath {tmp_path}/run/s1 3 7 0",
     ]
     assert ended.returncode == 9
 
 
 def test_a_signal_to_the_batch_shell_waits_for_the_ranks(tmp_path):
     ended = run_script(tmp_path, srun="kill -TERM $PPID; sleep 0.5; echo saved; exit 0")
-    assert ended.stdout.splitlines()[0] == "saved" and ended.stdout.endswith("run/s1 0\n")
+    assert ended.stdout.splitlines()[0] == "saved" and ended.stdout.endswith("run/s1 0 7 0\n")
 
 
 @pytest.mark.parametrize("line", ["false", '"f() { false; true; }", f', '"exit 5"'])
@@ -199,7 +199,7 @@ def test_a_setup_line_that_fails_stops_the_job_with_words(line, tmp_path):
     ended = run_script(tmp_path, f"cluster.setup=[echo before,{line},echo not reached]", srun="echo not reached")
     assert "before" in ended.stdout and "not reached" not in ended.stdout and ended.returncode != 0
     assert re.search(r"^a line of cluster.setup failed with exit code [15]: ", ended.stderr, flags=re.MULTILINE)
-    assert re.search(r"-m tdro_hpc.launch.aftermath \S+/run/s1 [15]$", ended.stdout, flags=re.MULTILINE)
+    assert re.search(r"-m tdro_hpc.launch.aftermath \S+/run/s1 [15] 7 0$", ended.stdout, flags=re.MULTILINE)
 
 
 def test_setup_lines_may_use_variables_that_are_not_set_and_set_what_the_ranks_see(tmp_path):
