@@ -34,10 +34,10 @@ def may_go_on(user: User, name: str) -> None:
 
 
 def wait_until_saved(user: User) -> None:
-    """Return when slurmctld has saved its state: what is younger may be forgotten when it is killed."""
+    """Return when slurmctld has saved the newest job: what is younger is forgotten when it is killed."""
     saved = user.cluster.directory / "state" / "job_state"
-    changed = saved.stat().st_mtime
-    user.cluster.wait_until(lambda: saved.stat().st_mtime > changed)
+    submitted = user.rows("count", "s1", "submit")[-1]["time"]
+    user.cluster.wait_until(lambda: saved.stat().st_mtime > submitted)
 
 
 def test_daemons_die_and_come_back(whole: User) -> None:
@@ -83,7 +83,7 @@ def test_nodes_are_lost(whole: User) -> None:
     user.make_data()
     order(user, "count", stage="s0", rank=2, step=7, how="wait", until="never")
     user.count(*CHAIN)
-    real = [word for word in training_words(80) if word != "s0.save_every_steps=500"]
+    real = [word for word in training_words(60) if word != "s0.save_every_steps=500"]
     real += [*ALONE[1:], "stage=s0", "s0.save_every_steps=5"]
     user.type(*real, "name=zombie", "cluster.exclude=node[1-2]")
     wait_for_step(user, "count", 6)
@@ -148,7 +148,5 @@ def wakes_up_and_writes_nothing(user: User, lost: dict[str, Any]) -> None:
     user.wait(lambda: "writes nothing more" in log_of(user, "zombie", "s0"))
     user.wait(lambda: not is_alive(lost["pid"], lost["started"]))
     assert f"took s0 over on {starts[1]['host']}" in log_of(user, "zombie", "s0")
-    batch = user.file("zombie", "s0", "log", "slurm", f"{lost['job']}_0_log.out")
-    user.wait(lambda: "another owner by now" in batch.read_text())
     assert files_of(user.file("zombie", "s0")) == before
     assert "done" in told_of(user, "zombie", "s0")
