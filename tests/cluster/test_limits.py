@@ -108,7 +108,8 @@ def test_where_requeue_is_forbidden_links_go_on(user: User) -> None:
     assert user.failed("links", "s2-curr")["rank"] == 3
     assert [user.cluster.state(job) for job in jobs["eval"]] == ["CANCELLED", "CANCELLED"]
     told = user.type("status", "name=links").stdout
-    assert told.count("dead: s2-curr failed at step 2: rank 3 on node2: the loss is not finite") == 2, told
+    assert told.count("dead: s2-curr failed at step ") == 2, told
+    assert told.count(": rank 3 on node2: the loss is not finite") == 2, told
 
 
 @pytest.mark.slow
@@ -138,8 +139,11 @@ def test_scancel_and_used_up_restarts_end_a_stage_that_the_same_line_continues(u
         assert len(told) == len(words) and all(map(str.startswith, told, words)), told
         assert f"Type: python -m tdro_hpc.submit config={user.file(name, 's0', 'config.yaml')}" in told[-1]
         facts = user.cluster.job(first[name])
-        ending = ("CANCELLED", "0") if name == "ended" else ("FAILED", "75")
-        assert (facts["Restarts"], facts["JobState"], facts["ExitCode"].split(":")[0]) == (restarts, *ending), name
+        assert facts["Restarts"] == restarts, name
+        if name == "ended":
+            assert facts["JobState"] == "CANCELLED"  # its code depends on which of its processes left first
+        else:
+            assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "75:0"), name
         assert user.cluster.state(waiting[name]) == "CANCELLED" and not user.rows(name, "s1", "start")
         assert "stopped" in user.type("status", f"name={name}").stdout
 
