@@ -77,3 +77,13 @@ def test_python_in_the_docs_runs(page: Path):
     }
     exec(code, given)
     assert given["weights"].current["msmarco"] > 0.5
+
+
+def test_every_event_of_the_cluster_guide_has_its_test():
+    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    named = re.findall(r"\| `([\w/]+\.py)::(\w+)` \|$", text, flags=re.MULTILINE)
+    rows = [line for line in text.split("## What happens when")[1].split("\n## ")[0].splitlines() if line[:1] == "|"]
+    assert len(named) == len(rows) - 2 >= 20
+    for file, test in named:
+        path = ROOT / file if "/" in file else ROOT / "tests" / "cluster" / file
+        assert f"def {test}(" in path.read_text(encoding="utf-8"), f"{file}::{test}"
