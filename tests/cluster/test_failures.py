@@ -27,6 +27,7 @@ def wait_dead(user: User, name: str, *stages: str) -> None:
         assert user.cluster.state(job) == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_exception_and_killed_rank(user: User) -> None:
     """An exception, then a rank that the kernel kills: first cause, dependents, and the same line twice more."""
     order(user, "count", stage="s0", rank=3, step=6, how="raise")
@@ -63,6 +64,7 @@ def test_exception_and_killed_rank(user: User) -> None:
     assert len(user.rows("count", "s0", "submit")) == 2, "what is done was submitted again"
 
 
+@pytest.mark.slow
 def test_what_is_gone_before_the_job_starts(user: User) -> None:
     """Data, an input, a module and Python are missing when four jobs start: each says so, and is mended."""
     user.make_data()
@@ -104,6 +106,7 @@ def test_what_is_gone_before_the_job_starts(user: User) -> None:
     user.wait_done("data", "s0")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number(user: User) -> None:
     """Real training with a learning rate that breaks the weights: step and task are named, the checkpoint is kept."""
     user.make_data()
@@ -140,6 +143,7 @@ def small_disk() -> Iterator[User]:
 
 
 @needs_root
+@pytest.mark.slow
 def test_disk_full(small_disk: User) -> None:
     """Somebody else fills the disk at step 6: the cause is told, and the same line goes on when there is room."""
     user = small_disk

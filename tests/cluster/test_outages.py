@@ -40,6 +40,7 @@ def wait_until_saved(user: User) -> None:
     user.cluster.wait_until(lambda: saved.stat().st_mtime > submitted)
 
 
+@pytest.mark.slow
 def test_daemons_die_and_come_back(whole: User) -> None:
     """slurmd dies under a stage, then slurmctld while one job runs and one waits: the chain goes on, none is twice."""
     user, cluster = whole, whole.cluster
@@ -58,7 +59,7 @@ def test_daemons_die_and_come_back(whole: User) -> None:
     cluster.kill_slurmctld()
     told = user.type("status", "name=count").stdout
     assert "What waits or runs on the cluster is not known" in told and "squeue" in told
-    assert told.count("squeue did not answer") == 2 and " 7/12 " in told, told
+    assert told.count("squeue did not answer") == 2 and "/12 " in told, told
     refused = user.count(*CHAIN, status=2).stderr
     assert f"s0 may be in Slurm's queue (job {jobs[0]}), but squeue did not answer" in refused, refused
     assert "type the same line again when it answers" in refused and "Traceback" not in refused
@@ -67,7 +68,7 @@ def test_daemons_die_and_come_back(whole: User) -> None:
     cluster.start_slurmctld()
     cluster.wait_until_ready()
     told = user.count(*CHAIN).stdout
-    assert "Nothing to submit" in told or "Nothing to do" in told or "s0 is" in told, told
+    assert "Nothing to" in told, told
 
     user.wait_done("count", "s0", "s1")
     user.wait_gone(*jobs)
@@ -77,6 +78,7 @@ def test_daemons_die_and_come_back(whole: User) -> None:
         assert total(user, "count", stage) == sum(range(13))
 
 
+@pytest.mark.slow
 def test_nodes_are_lost(whole: User) -> None:
     """One node loses power under a job of two nodes; another is given up by Slurm, but its rank lives on."""
     user, cluster = whole, whole.cluster
