@@ -25,20 +25,20 @@ from typing import Any, NoReturn
 
 from tdro_hpc.config.load import load_config
 from tdro_hpc.config.schema import Config
-from tdro_hpc.launch.begin import begin_by_hand, begin_in_slurm
-from tdro_hpc.launch.chain import save_plan_by_hand
-from tdro_hpc.launch.drawing import draw_plots, draw_report
-from tdro_hpc.launch.executor import rendezvous_file
-from tdro_hpc.launch.first_cause import is_second_hand, wait_for_another
-from tdro_hpc.launch.hold import TakenOver, check_hold, join_hold, taken_over
+from tdro_hpc.launch.job.begin import begin_by_hand, begin_in_slurm
+from tdro_hpc.launch.job.first_cause import is_second_hand, wait_for_another
+from tdro_hpc.launch.job.hold import TakenOver, check_hold, join_hold, taken_over
+from tdro_hpc.launch.job.last_words import leave_trace
+from tdro_hpc.launch.job.place import SLURM, Place, is_rank_of_slurm, place_by_hand, place_in_slurm
+from tdro_hpc.launch.job.rank_log import mark_attempt, set_logging, write_to
+from tdro_hpc.launch.job.requeue import STOPPED_CODE as SLURM_STOPPED_CODE
+from tdro_hpc.launch.job.requeue import after_stop
 from tdro_hpc.launch.jobs import append_event, read_jsonl, rows_of_this_making, seconds_spent
 from tdro_hpc.launch.keys import result_keys
-from tdro_hpc.launch.last_words import leave_trace
-from tdro_hpc.launch.place import SLURM, Place, is_rank_of_slurm, place_by_hand, place_in_slurm
-from tdro_hpc.launch.rank_log import mark_attempt, set_logging, write_to
+from tdro_hpc.launch.local.chain import save_plan_by_hand
+from tdro_hpc.launch.local.executor import rendezvous_file
+from tdro_hpc.launch.look.drawing import draw_plots, draw_report
 from tdro_hpc.launch.record import FAILED, code_version, inputs_of, write_done, write_failed
-from tdro_hpc.launch.requeue import STOPPED_CODE as SLURM_STOPPED_CODE
-from tdro_hpc.launch.requeue import after_stop
 from tdro_hpc.launch.stage import Stage
 from tdro_hpc.stages.graph import stage_graph
 
@@ -279,7 +279,7 @@ def _fail(stage_dir: Path, place: Place, error: BaseException, *, draw: bool = F
     owner = taken_over()  # looked up as late as possible: the others may have gone because Slurm gave this node up
     if owner:
         _end_now(owner, SLURM_STOPPED_CODE)
-    with contextlib.suppress(OSError):  # launch/aftermath.py finds that a rank left without a word
+    with contextlib.suppress(OSError):  # launch/job/aftermath.py finds that a rank left without a word
         write_failed(stage_dir, rank=place.rank, error=words, log=trace)
     if draw:
         draw_report(stage_dir.parent)
@@ -373,7 +373,7 @@ def main(arguments: list[str], *, graph_of: GraphOf = stage_graph, function_of: 
         save_plan_by_hand(graph_of(config), stage_dir) if begun else None
         return verdict
 
-    draws = place.rank == 0 and not in_slurm and config.logging.plots  # in Slurm launch/aftermath.py does
+    draws = place.rank == 0 and not in_slurm and config.logging.plots  # in Slurm launch/job/aftermath.py does
     try:
         code = run_rank(stage_dir, config, stage, place, early=early, begin=begin, function_of=function_of)
     except BaseException as error:

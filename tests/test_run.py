@@ -13,7 +13,7 @@ import pytest
 
 from tdro_hpc.config.load import save_config
 from tdro_hpc.config.schema import Config, LoggingConfig, TrainingConfig
-from tdro_hpc.launch.status import status_text
+from tdro_hpc.launch.look.status import status_text
 from tdro_hpc.run import main, read_stage, stage_function
 from tdro_hpc.stages.graph import stage_graph
 from tests.launch.counting import counting_graph

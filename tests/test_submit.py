@@ -293,7 +293,7 @@ def test_words_about_the_runs_of_a_sweep(tmp_path, capsys):
 
 def test_status_of_a_run_that_never_met_slurm_asks_nobody(tmp_path, capsys, monkeypatch):
     plan_file(tmp_path / "a")
-    monkeypatch.setattr("tdro_hpc.launch.status.ask_queue", lambda: pytest.fail("squeue was asked"))
+    monkeypatch.setattr("tdro_hpc.launch.look.status.ask_queue", lambda: pytest.fail("squeue was asked"))
     assert submit(tmp_path, capsys, "status", "name=a")[0] == 0
     code, out, _ = submit(tmp_path, capsys, "status", "name=a", "watch=true")  # nothing is at work: one table
     assert code == 0 and out.count("not started yet") == 1

@@ -14,7 +14,7 @@ import torch
 
 from tdro_hpc.config.schema import TrainingConfig
 from tdro_hpc.data.batches import Batch
-from tdro_hpc.launch.hold import TakenOver, taken_over
+from tdro_hpc.launch.job.hold import TakenOver, taken_over
 from tdro_hpc.parallel.process import Process, any_rank, group_rank, wait_for_all
 from tdro_hpc.training.checkpoint import Part, load_checkpoint, newest_step, save_checkpoint
 from tdro_hpc.training.finite import FiniteWatch

@@ -12,9 +12,9 @@ import pytest
 
 from tdro_hpc.config.load import save_config
 from tdro_hpc.config.schema import Config, LoggingConfig
-from tdro_hpc.launch import aftermath, requeue
-from tdro_hpc.launch.aftermath import Attempt, settle, words_of_attempt
 from tdro_hpc.launch.commands import Outcome
+from tdro_hpc.launch.job import aftermath, requeue
+from tdro_hpc.launch.job.aftermath import Attempt, settle, words_of_attempt
 from tdro_hpc.launch.jobs import append_event
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +170,7 @@ def test_program_is_quick_without_torch_and_reads_its_own_standard_error(stage_d
     started(stage_dir)
     error = stage_dir / "batch.err"
     error.write_text(f"--- job 812 restart 0\n{KILLED}")
-    code = "import sys, tdro_hpc.launch.aftermath as a; c = a.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys, tdro_hpc.launch.job.aftermath as a; c = a.main(sys.argv[1:]); assert 'torch' not in sys.modules"
     words = [sys.executable, "-c", f"{code}; sys.exit(c)", str(stage_dir), "143", "812", "0"]
     began = time.monotonic()
     with open(error, "ab") as file:

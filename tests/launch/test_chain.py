@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tdro_hpc.config.load import load_config, save_config
-from tdro_hpc.launch.executor import rendezvous_file
+from tdro_hpc.launch.local.executor import rendezvous_file
 from tests.launch.front_door import (
     ROOT,
     finish,

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tdro_hpc.launch.first_cause import cause_in, ended_by_slurm, is_second_hand, wait_for_another
+from tdro_hpc.launch.job.first_cause import cause_in, ended_by_slurm, is_second_hand, wait_for_another
 
 KILLED = """\
 srun: error: node2: task 3: Killed

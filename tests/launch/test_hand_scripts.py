@@ -110,7 +110,7 @@ def test_a_stage_runs_under_srun_with_the_machines_of_its_job(calls, tmp_path):
     (call,) = lines_of(calls / "srun")
     options = "--kill-on-bad-exit=1 --unbuffered --cpus-per-task=6"
     assert call == f"{options} python -m tdro_hpc.run stage=s1 {keys}"
-    assert lines_of(calls / "python")[-1] == f"-m tdro_hpc.launch.aftermath {tmp_path}/mine/s1 3 5 0"
+    assert lines_of(calls / "python")[-1] == f"-m tdro_hpc.launch.job.aftermath {tmp_path}/mine/s1 3 5 0"
     assert ended.returncode == 7, "the code of the aftermath is that of the job"
 
 
@@ -124,7 +124,7 @@ def test_a_kind_with_several_stages_runs_one_after_the_other(calls, tmp_path):
     (first / "DONE.json").touch()
     assert run(STAGE, *words, **JOB, AFTERMATH_CODE="0").returncode == 0
     assert [call.split("stage=")[1].split()[0] for call in lines_of(calls / "srun")[1:]] == ["s2-curr", "s2-top70"]
-    assert lines_of(calls / "python")[-1] == f"-m tdro_hpc.launch.aftermath {second} 0 5 0"
+    assert lines_of(calls / "python")[-1] == f"-m tdro_hpc.launch.job.aftermath {second} 0 5 0"
 
 
 def test_a_stage_of_one_process_runs_on_one_node(calls, tmp_path):

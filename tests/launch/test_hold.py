@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tdro_hpc.launch import hold
+from tdro_hpc.launch.job import hold
 
 
 @pytest.fixture(autouse=True)

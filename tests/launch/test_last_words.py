@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tdro_hpc.launch.last_words import free_room, keep_room, leave_trace, words_of
+from tdro_hpc.launch.job.last_words import free_room, keep_room, leave_trace, words_of
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tdro_hpc.launch.place import hosts_of, is_rank_of_slurm, place_by_hand, place_in_slurm
+from tdro_hpc.launch.job.place import hosts_of, is_rank_of_slurm, place_by_hand, place_in_slurm
 
 # As srun set them for task 3 of two nodes with two tasks each, measured with Slurm 22.05.
 RANK = {

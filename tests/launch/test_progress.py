@@ -5,7 +5,7 @@ import os
 import pty
 
 from tdro_hpc.launch.jobs import newest_metrics
-from tdro_hpc.launch.progress import LogTail, view_for
+from tdro_hpc.launch.look.progress import LogTail, view_for
 
 
 def test_tail_gives_new_whole_lines_only(tmp_path):

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from tdro_hpc.config.cluster import ClusterConfig
-from tdro_hpc.launch import requeue as module
 from tdro_hpc.launch.commands import Outcome
-from tdro_hpc.launch.place import Place
-from tdro_hpc.launch.requeue import JobFacts, Stop, after_stop, facts_in, sequel_of
+from tdro_hpc.launch.job import requeue as module
+from tdro_hpc.launch.job.place import Place
+from tdro_hpc.launch.job.requeue import JobFacts, Stop, after_stop, facts_in, sequel_of
 
 RUNNING = JobFacts("RUNNING", "None", False, 0)
 PREEMPTED = JobFacts("RUNNING", "None", True, 0)

@@ -14,8 +14,8 @@ import pytest
 
 from tdro_hpc.config.derived import ranks_of
 from tdro_hpc.config.load import load_config
-from tdro_hpc.launch import sbatch
-from tdro_hpc.launch.sbatch import sbatch_command, sbatch_script, slurm_folder
+from tdro_hpc.launch.slurm import sbatch
+from tdro_hpc.launch.slurm.sbatch import sbatch_command, sbatch_script, slurm_folder
 from tdro_hpc.stages.graph import stage_graph
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +184,7 @@ def test_the_job_ends_with_the_code_of_its_aftermath_whatever_srun_does(tmp_path
     job = tmp_path / "run/code/0123456789/job.py"
     assert ended.stdout.splitlines() == [
         f"path {tmp_path}/run/code/0123456789:/site",
-        f"python {job} -m tdro_hpc.launch.aftermath {tmp_path}/run/s1 3 7 0",
+        f"python {job} -m tdro_hpc.launch.job.aftermath {tmp_path}/run/s1 3 7 0",
     ]
     assert ended.returncode == 9
 
@@ -199,7 +199,7 @@ def test_a_setup_line_that_fails_stops_the_job_with_words(line, tmp_path):
     ended = run_script(tmp_path, f"cluster.setup=[echo before,{line},echo not reached]", srun="echo not reached")
     assert "before" in ended.stdout and "not reached" not in ended.stdout and ended.returncode != 0
     assert re.search(r"^a line of cluster.setup failed with exit code [15]: ", ended.stderr, flags=re.MULTILINE)
-    assert re.search(r"-m tdro_hpc.launch.aftermath \S+/run/s1 [15] 7 0$", ended.stdout, flags=re.MULTILINE)
+    assert re.search(r"-m tdro_hpc.launch.job.aftermath \S+/run/s1 [15] 7 0$", ended.stdout, flags=re.MULTILINE)
 
 
 def test_setup_lines_may_use_variables_that_are_not_set_and_set_what_the_ranks_see(tmp_path):

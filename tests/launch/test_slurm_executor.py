@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tdro_hpc.config.schema import ClusterConfig, Config
-from tdro_hpc.launch import slurm_executor
-from tdro_hpc.launch.sbatch import sbatch_script
-from tdro_hpc.launch.slurm_executor import FailedSubmission, cancel_jobs, hint_for, run_submitted, submit_job
+from tdro_hpc.launch.slurm import executor as slurm_executor
+from tdro_hpc.launch.slurm.executor import FailedSubmission, cancel_jobs, hint_for, run_submitted, submit_job
+from tdro_hpc.launch.slurm.sbatch import sbatch_script
 from tdro_hpc.launch.stage import Stage
 
 STAGE = Stage("s1", "s1", (), (), ())

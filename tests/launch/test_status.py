@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tdro_hpc.launch import watch as watching
-from tdro_hpc.launch.queue import Queue, QueueJob
-from tdro_hpc.launch.reasons import SeenStage, reason, state_word, unexplained_job
+from tdro_hpc.launch.look import watch as watching
+from tdro_hpc.launch.look.reasons import SeenStage, reason, state_word, unexplained_job
+from tdro_hpc.launch.look.status import status_text
 from tdro_hpc.launch.record import StageState
-from tdro_hpc.launch.status import status_text
+from tdro_hpc.launch.slurm.queue import Queue, QueueJob
 
 FAILURE = "at step 400: rank 3 on node2: CUDA out of memory (log s1/log/rank3-error.txt)"
 
@@ -181,7 +181,7 @@ def test_watching_ends_when_nothing_is_at_work_and_asks_seldom(tmp_path, monkeyp
     asked, clock = [], [0.0]
     monkeypatch.setattr(watching, "queue_of", lambda runs: asked.append(clock[0]) or queues[len(asked) - 1])
     monkeypatch.setattr(watching.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr("tdro_hpc.launch.status.ask_accounting", lambda jobs: {})
+    monkeypatch.setattr("tdro_hpc.launch.look.status.ask_accounting", lambda jobs: {})
 
     def sleep(seconds: float) -> None:
         clock[0] += seconds

@@ -28,7 +28,7 @@ def supervise(tmp_path: Path, script: str, ranks: int = 2) -> "subprocess.Popen[
         "SUBMITIT_STDERR_TO_STDOUT": "",
         "SUBMITIT_LOCAL_WITH_SHELL": "",
     }
-    command_line = [sys.executable, "-m", "tdro_hpc.launch.supervisor", str(folder)]
+    command_line = [sys.executable, "-m", "tdro_hpc.launch.local.supervisor", str(folder)]
     return subprocess.Popen(command_line, cwd=ROOT, env=environment, start_new_session=True)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tdro_hpc.config.schema import TrainingConfig
-from tdro_hpc.launch import hold
+from tdro_hpc.launch.job import hold
 from tdro_hpc.parallel.process import Process
 from tdro_hpc.training.checkpoint import checkpoint_steps
 from tdro_hpc.training.loop import Loop, run_loop

@@ -13,8 +13,8 @@ from typing import Any
 
 from tdro_hpc.config.cluster import ClusterConfig
 from tdro_hpc.launch.commands import run_command
+from tdro_hpc.launch.job.place import Place
 from tdro_hpc.launch.jobs import append_event, read_jsonl
-from tdro_hpc.launch.place import Place
 
 QUEUED_CODE, STOPPED_CODE = 0, 75  # 75 = EX_TEMPFAIL: it would have gone on; what comes after must not start
 _ATTEMPTS = 3  # slurmctld may be busy or just restarting

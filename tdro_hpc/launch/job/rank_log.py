@@ -5,13 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-from tdro_hpc.launch.place import Place
+from tdro_hpc.launch.job.place import Place
 
 ATTEMPT = "--- job {job} restart {restart}"
 
 
 def mark_attempt(place: Place) -> None:
-    """Say where this attempt begins in the file that srun writes its own lines to: see launch/aftermath.py."""
+    """Say where this attempt begins in the file that srun writes its own lines to: see launch/job/aftermath.py."""
     if place.rank == 0:
         print(ATTEMPT.format(job=place.job, restart=place.restart), file=sys.stderr, flush=True)
 

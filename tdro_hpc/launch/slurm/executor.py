@@ -15,8 +15,8 @@ from pathlib import Path
 from tdro_hpc.atomic import write_text
 from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.commands import Outcome, run_command
-from tdro_hpc.launch.executor import JobOf
-from tdro_hpc.launch.sbatch import executor_for, sbatch_command, sbatch_script, slurm_folder
+from tdro_hpc.launch.local.executor import JobOf
+from tdro_hpc.launch.slurm.sbatch import executor_for, sbatch_command, sbatch_script, slurm_folder
 from tdro_hpc.launch.stage import Stage
 
 JOB_SCRIPT = "job.sbatch"

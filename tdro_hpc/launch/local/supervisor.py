@@ -1,7 +1,7 @@
 """Runs the ranks of one local job: submitit's controller, made to pass on every stop signal and to end what is left
 when a rank dies. Started by executor.py as a program of its own, which outlives the front door.
 
-    python -m tdro_hpc.launch.supervisor <stage>/log/attempt-<n>
+    python -m tdro_hpc.launch.local.supervisor <stage>/log/attempt-<n>
 """
 
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from submitit.local.local import Controller
 
-from tdro_hpc.launch.executor import rendezvous_file
 from tdro_hpc.launch.jobs import HEARTBEAT, HEARTBEAT_SECONDS, append_event, end_group
+from tdro_hpc.launch.local.executor import rendezvous_file
 from tdro_hpc.launch.record import DONE, FAILED, write_failed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)

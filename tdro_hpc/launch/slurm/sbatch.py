@@ -17,7 +17,7 @@ from tdro_hpc.launch.stage import Stage
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
-AFTERMATH = "tdro_hpc.launch.aftermath"
+AFTERMATH = "tdro_hpc.launch.job.aftermath"
 SETUP_FAILED = "a line of cluster.setup failed"
 # What a shell inside another job has, and sbatch would hand on: srun would spread the ranks of this job as that one's.
 _OF_ANOTHER_JOB = (

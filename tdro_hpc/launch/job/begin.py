@@ -11,14 +11,14 @@ from typing import Any
 
 from tdro_hpc.config.load import save_config
 from tdro_hpc.config.schema import Config
-from tdro_hpc.launch.hold import take_hold
+from tdro_hpc.launch.job.hold import take_hold
+from tdro_hpc.launch.job.last_words import keep_room
+from tdro_hpc.launch.job.place import SLURM, Place
+from tdro_hpc.launch.job.requeue import submit_row
 from tdro_hpc.launch.jobs import JOBS, append_start, has_slurm_rows, last_row, read_jsonl, running_job, stage_lock
 from tdro_hpc.launch.keys import change_words, changed_keys
-from tdro_hpc.launch.last_words import keep_room
-from tdro_hpc.launch.place import SLURM, Place
-from tdro_hpc.launch.queue import ask_queue
 from tdro_hpc.launch.record import FAILED, StageState, clear_stage, read_state
-from tdro_hpc.launch.requeue import submit_row
+from tdro_hpc.launch.slurm.queue import ask_queue
 from tdro_hpc.launch.stage import Stage
 
 DONE_CODE, FAILED_CODE = 0, 1

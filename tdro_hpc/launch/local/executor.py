@@ -118,7 +118,7 @@ def _local_executor(folder: Path) -> "LocalExecutor":
                 "SUBMITIT_LOCAL_WITH_SHELL": "",
                 "PYTHONUNBUFFERED": "1",
             }
-            supervisor = [sys.executable, "-m", "tdro_hpc.launch.supervisor", str(self.folder)]
+            supervisor = [sys.executable, "-m", "tdro_hpc.launch.local.supervisor", str(self.folder)]
             process = start_detached(supervisor, environment=environment, log=self.folder / "supervisor.log")
             return LocalJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=list(range(num_ranks)))
 

@@ -37,7 +37,7 @@ if __name__ == "__main__":
         sys.argv = sys.argv[2:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
-        from tdro_hpc.launch.slurm_executor import run_submitted
+        from tdro_hpc.launch.slurm.executor import run_submitted
 
         run_submitted(Path(sys.argv[1]))
 '''

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tdro_hpc.launch.jobs import last_row
-from tdro_hpc.launch.printout import short_duration
+from tdro_hpc.launch.look.printout import short_duration
 from tdro_hpc.launch.record import StageState
 
 # What Slurm's accounting calls the end of a job of which our own files say nothing.

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from tdro_hpc.config.derived import plan_lines
 from tdro_hpc.config.schema import Config
-from tdro_hpc.launch.executor import job_script
+from tdro_hpc.launch.local.executor import job_script
 from tdro_hpc.launch.plan import SKIP, Plan, PlannedStage
 from tdro_hpc.launch.record import code_version
-from tdro_hpc.launch.sbatch import sbatch_command, sbatch_script
-from tdro_hpc.launch.slurm_executor import JOB_SCRIPT, hint_for, test_submission
-from tdro_hpc.launch.snapshot import snapshot_folder
+from tdro_hpc.launch.slurm.executor import JOB_SCRIPT, hint_for, test_submission
+from tdro_hpc.launch.slurm.sbatch import sbatch_command, sbatch_script
+from tdro_hpc.launch.slurm.snapshot import snapshot_folder
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

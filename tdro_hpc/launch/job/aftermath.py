@@ -1,6 +1,6 @@
 """What the batch shell of a Slurm job runs when srun is over: notes how it ended, and gives the job its exit code.
 
-    python -m tdro_hpc.launch.aftermath <stage folder> <exit code of srun> [<job id> <restart>]
+    python -m tdro_hpc.launch.job.aftermath <stage folder> <exit code of srun> [<job id> <restart>]
 
 Ends with 0 = DONE.json is there, 75 = stopped (or back in the queue), 1 = failed, 2 = a mistake in a call by hand.
 Dependents start after 0 only. Reads files and srun's own lines, which are in the standard error of the batch shell.
@@ -16,16 +16,16 @@ from typing import Any
 from tdro_hpc.atomic import write_json
 from tdro_hpc.config.load import load_config
 from tdro_hpc.config.schema import Config
-from tdro_hpc.launch.drawing import draw_report
-from tdro_hpc.launch.first_cause import Cause, cause_in, ended_by_slurm, is_second_hand
-from tdro_hpc.launch.hold import HOLDER
+from tdro_hpc.launch.job.first_cause import Cause, cause_in, ended_by_slurm, is_second_hand
+from tdro_hpc.launch.job.hold import HOLDER
+from tdro_hpc.launch.job.last_words import free_room
+from tdro_hpc.launch.job.place import SLURM, Place
+from tdro_hpc.launch.job.rank_log import ATTEMPT
+from tdro_hpc.launch.job.requeue import STOPPED_CODE, after_stop, submit_row
 from tdro_hpc.launch.jobs import JOBS, append_event, newest_metrics, read_jsonl
-from tdro_hpc.launch.last_words import free_room
-from tdro_hpc.launch.place import SLURM, Place
-from tdro_hpc.launch.rank_log import ATTEMPT
+from tdro_hpc.launch.look.drawing import draw_report
 from tdro_hpc.launch.record import DONE, FAILED, progress_of, read_json
-from tdro_hpc.launch.requeue import STOPPED_CODE, after_stop, submit_row
-from tdro_hpc.launch.sbatch import SETUP_FAILED
+from tdro_hpc.launch.slurm.sbatch import SETUP_FAILED
 
 DONE_CODE, FAILED_CODE, MISTAKE_CODE = 0, 1, 2
 _TAIL_LINES = 15

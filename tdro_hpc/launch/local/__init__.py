@@ -1,0 +1,1 @@
+"""Jobs on this machine: started, followed and ended by the front door."""

@@ -1,0 +1,1 @@
+"""What a person sees: plans, bars, logs, the status table."""
