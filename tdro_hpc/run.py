@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 
 from tdro_hpc.config.load import load_config
 from tdro_hpc.config.schema import Config
+from tdro_hpc.launch.chain import save_plan_by_hand
+from tdro_hpc.launch.drawing import draw_plots, draw_report
 from tdro_hpc.launch.job.begin import begin_by_hand, begin_in_slurm
 from tdro_hpc.launch.job.first_cause import is_second_hand, wait_for_another
 from tdro_hpc.launch.job.hold import TakenOver, check_hold, join_hold, taken_over
@@ -35,9 +37,7 @@ from tdro_hpc.launch.job.requeue import STOPPED_CODE as SLURM_STOPPED_CODE
 from tdro_hpc.launch.job.requeue import after_stop
 from tdro_hpc.launch.jobs import append_event, read_jsonl, rows_of_this_making, seconds_spent
 from tdro_hpc.launch.keys import result_keys
-from tdro_hpc.launch.local.chain import save_plan_by_hand
 from tdro_hpc.launch.local.executor import rendezvous_file
-from tdro_hpc.launch.look.drawing import draw_plots, draw_report
 from tdro_hpc.launch.record import FAILED, code_version, inputs_of, write_done, write_failed
 from tdro_hpc.launch.stage import Stage
 from tdro_hpc.stages.graph import stage_graph

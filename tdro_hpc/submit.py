@@ -22,16 +22,16 @@ from tdro_hpc.config.derived import ranks_of
 from tdro_hpc.config.load import ConfigError, save_config
 from tdro_hpc.launch.call import PROGRAM, Call, read_call
 from tdro_hpc.launch.cancel import cancel
-from tdro_hpc.launch.local.chain import Chain, run_chain, save_plan
+from tdro_hpc.launch.chain import Chain, run_chain, save_plan
 from tdro_hpc.launch.local.executor import JobOf
 from tdro_hpc.launch.look.logs import print_log
 from tdro_hpc.launch.look.printout import answers_of_sbatch, plan_text, scripts_text
 from tdro_hpc.launch.look.status import at_work, planned_stages, queue_of, runs_in, see_run, status_text
 from tdro_hpc.launch.look.watch import watch
 from tdro_hpc.launch.plan import Plan, build_plan, stages_named
+from tdro_hpc.launch.queue import Queue, ask_queue
 from tdro_hpc.launch.record import read_states
-from tdro_hpc.launch.slurm.chain import mixed_problems, newest_submissions, submit_chains
-from tdro_hpc.launch.slurm.queue import Queue, ask_queue
+from tdro_hpc.launch.slurm_chain import mixed_problems, newest_submissions, submit_chains
 from tdro_hpc.run import GraphOf, StageJob
 from tdro_hpc.stages.graph import stage_graph
 from tdro_hpc.stages.inputs import input_problems

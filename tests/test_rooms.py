@@ -64,6 +64,21 @@ def test_file_imports_only_from_rooms_before_its_own(path: Path):
             assert ROOMS.index(parts[1]) <= ROOMS.index(room), f"{name_of(path)} imports {module}"
 
 
+def test_launch_imports_only_from_its_rooms_before():
+    order = ["", "local", "slurm", "job", "look", "chain", "cancel", "slurm_chain"]  # "" = the files it begins with
+
+    def place(parts: list[str]) -> int:
+        return order.index(parts[0] if parts and parts[0] in order else "")
+
+    for path in SOURCES:
+        if room_of(path) != "launch":
+            continue
+        mine = place(list(path.relative_to(PACKAGE / "launch").with_suffix("").parts))
+        for module, _ in imports_of(path):
+            if module.startswith("tdro_hpc.launch."):
+                assert place(module.split(".")[2:]) <= mine, f"{name_of(path)} imports {module}"
+
+
 @pytest.mark.parametrize("path", SOURCES + TESTS, ids=name_of)
 def test_file_and_function_lengths(path: Path):
     text = path.read_text(encoding="utf-8")

@@ -10,9 +10,9 @@ from tdro_hpc.launch.job.requeue import cancel_mark
 from tdro_hpc.launch.jobs import JOBS, append_event, read_jsonl
 from tdro_hpc.launch.local.executor import ask_to_stop, wait_until_over
 from tdro_hpc.launch.look.status import planned_stages, queue_of, running_stages, status_text
+from tdro_hpc.launch.queue import Queue, QueueJob, ask_queue
 from tdro_hpc.launch.slurm.executor import cancel_jobs
-from tdro_hpc.launch.slurm.queue import Queue, QueueJob, ask_queue
-from tdro_hpc.launch.slurm.rows import slurm_work
+from tdro_hpc.launch.slurm_rows import slurm_work
 
 _LOCAL_SECONDS = 120.0
 _POLL_SECONDS = 2.0

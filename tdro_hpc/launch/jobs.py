@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
-from tdro_hpc.launch.slurm.queue import Queue
-from tdro_hpc.launch.slurm.rows import is_slurm, row_in_queue
+from tdro_hpc.launch.queue import Queue
+from tdro_hpc.launch.slurm_rows import is_slurm, row_in_queue
 
 logger = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ from tdro_hpc.launch.jobs import (
     seconds_spent,
 )
 from tdro_hpc.launch.keys import hash_of, result_keys
-from tdro_hpc.launch.slurm.queue import Queue
-from tdro_hpc.launch.slurm.rows import SlurmWork, lost_words, slurm_work, status_by_rows
-from tdro_hpc.launch.slurm.snapshot import code_version_of
+from tdro_hpc.launch.queue import Queue
+from tdro_hpc.launch.slurm_rows import SlurmWork, lost_words, slurm_work, status_by_rows
+from tdro_hpc.launch.snapshot import code_version_of
 from tdro_hpc.launch.stage import Stage
 
 DONE, FAILED, STALE = "DONE.json", "FAILED.json", "STALE.json"

@@ -12,8 +12,8 @@ from tdro_hpc.launch.job import hold
 from tdro_hpc.launch.job.begin import begin_by_hand, begin_in_slurm, rows_of_submission
 from tdro_hpc.launch.job.place import Place
 from tdro_hpc.launch.jobs import append_submit, read_jsonl
+from tdro_hpc.launch.queue import Queue, QueueJob
 from tdro_hpc.launch.record import write_done
-from tdro_hpc.launch.slurm.queue import Queue, QueueJob
 from tests.launch.counting import counting_graph
 
 CONFIG = Config(name="demo")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tdro_hpc.launch.slurm.queue import (
+from tdro_hpc.launch.queue import (
     FIELD,
     FORMAT,
     Queue,
@@ -140,7 +140,7 @@ def test_a_slurm_that_is_down_is_a_problem_in_its_own_words(tmp_path, monkeypatc
 
 
 def test_a_squeue_that_hangs_is_given_up_with_all_that_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr("tdro_hpc.launch.slurm.queue._SECONDS", 0.5)
+    monkeypatch.setattr("tdro_hpc.launch.queue._SECONDS", 0.5)
     # A wrapper: what it starts keeps the pipe open, and must not outlive the question.
     put(tmp_path / "bin", monkeypatch, "squeue", f"(sleep 3; touch {tmp_path}/lived) & wait")
     began = time.monotonic()

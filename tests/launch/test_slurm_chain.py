@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tdro_hpc.launch.slurm import chain as slurm_chain
-from tdro_hpc.launch.slurm.queue import Queue
+from tdro_hpc.launch import slurm_chain
+from tdro_hpc.launch.queue import Queue
 from tdro_hpc.submit import main
 from tests.launch.counting import CountingJob, counting_graph
 from tests.launch.fake_slurm import FakeSlurm, put_on_path

@@ -16,8 +16,8 @@ from tdro_hpc.launch.jobs import (
     running_job,
     seconds_spent,
 )
+from tdro_hpc.launch.queue import Queue, QueueJob
 from tdro_hpc.launch.record import clear_stage, read_state, write_failed
-from tdro_hpc.launch.slurm.queue import Queue, QueueJob
 
 DOWN = Queue(problem="Unable to contact slurm controller")
 EMPTY = Queue()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import tdro_hpc
+from tdro_hpc.launch import snapshot
 from tdro_hpc.launch.record import code_version
-from tdro_hpc.launch.slurm import snapshot
-from tdro_hpc.launch.slurm.snapshot import code_root, code_version_of, copy_code, snapshot_folder, take_snapshot
+from tdro_hpc.launch.snapshot import code_root, code_version_of, copy_code, snapshot_folder, take_snapshot
 
 ROOT = Path(tdro_hpc.__file__).parents[1]
 

@@ -10,8 +10,8 @@ import pytest
 from tdro_hpc.launch.look import watch as watching
 from tdro_hpc.launch.look.reasons import SeenStage, reason, state_word, unexplained_job
 from tdro_hpc.launch.look.status import status_text
+from tdro_hpc.launch.queue import Queue, QueueJob
 from tdro_hpc.launch.record import StageState
-from tdro_hpc.launch.slurm.queue import Queue, QueueJob
 
 FAILURE = "at step 400: rank 3 on node2: CUDA out of memory (log s1/log/rank3-error.txt)"
 

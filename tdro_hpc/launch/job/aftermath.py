@@ -16,6 +16,7 @@ from typing import Any
 from tdro_hpc.atomic import write_json
 from tdro_hpc.config.load import load_config
 from tdro_hpc.config.schema import Config
+from tdro_hpc.launch.drawing import draw_report
 from tdro_hpc.launch.job.first_cause import Cause, cause_in, ended_by_slurm, is_second_hand
 from tdro_hpc.launch.job.hold import HOLDER
 from tdro_hpc.launch.job.last_words import free_room
@@ -23,7 +24,6 @@ from tdro_hpc.launch.job.place import SLURM, Place
 from tdro_hpc.launch.job.rank_log import ATTEMPT
 from tdro_hpc.launch.job.requeue import STOPPED_CODE, after_stop, submit_row
 from tdro_hpc.launch.jobs import JOBS, append_event, newest_metrics, read_jsonl
-from tdro_hpc.launch.look.drawing import draw_report
 from tdro_hpc.launch.record import DONE, FAILED, progress_of, read_json
 from tdro_hpc.launch.slurm.sbatch import SETUP_FAILED
 

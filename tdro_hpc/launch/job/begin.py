@@ -17,8 +17,8 @@ from tdro_hpc.launch.job.place import SLURM, Place
 from tdro_hpc.launch.job.requeue import submit_row
 from tdro_hpc.launch.jobs import JOBS, append_start, has_slurm_rows, last_row, read_jsonl, running_job, stage_lock
 from tdro_hpc.launch.keys import change_words, changed_keys
+from tdro_hpc.launch.queue import ask_queue
 from tdro_hpc.launch.record import FAILED, StageState, clear_stage, read_state
-from tdro_hpc.launch.slurm.queue import ask_queue
 from tdro_hpc.launch.stage import Stage
 
 DONE_CODE, FAILED_CODE = 0, 1

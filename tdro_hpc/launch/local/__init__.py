@@ -1,1 +1,1 @@
-"""Jobs on this machine: started, followed and ended by the front door."""
+"""A stage as processes on this machine: started, supervised, asked to stop."""

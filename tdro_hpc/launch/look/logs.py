@@ -7,8 +7,8 @@ from pathlib import Path
 from tdro_hpc.launch.look.progress import FIRST_LOG, LogTail
 from tdro_hpc.launch.look.reasons import SeenStage, Stages, reason, unexplained_job
 from tdro_hpc.launch.look.status import queue_of, see_run
+from tdro_hpc.launch.queue import Queue, ask_queue
 from tdro_hpc.launch.record import DONE, FAILED, read_json
-from tdro_hpc.launch.slurm.queue import Queue, ask_queue
 from tdro_hpc.launch.slurm.sbatch import slurm_folder
 
 _QUEUE_SECONDS = 10.0

@@ -11,7 +11,7 @@ from tdro_hpc.launch.plan import SKIP, Plan, PlannedStage
 from tdro_hpc.launch.record import code_version
 from tdro_hpc.launch.slurm.executor import JOB_SCRIPT, hint_for, test_submission
 from tdro_hpc.launch.slurm.sbatch import sbatch_command, sbatch_script
-from tdro_hpc.launch.slurm.snapshot import snapshot_folder
+from tdro_hpc.launch.snapshot import snapshot_folder
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

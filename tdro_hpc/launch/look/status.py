@@ -8,8 +8,8 @@ from typing import Any
 from tdro_hpc.launch.jobs import JOBS, newest_metrics, read_jsonl, running_job
 from tdro_hpc.launch.look.printout import columns, short_duration
 from tdro_hpc.launch.look.reasons import SeenStage, Stages, begun_rows, reason, state_word, unexplained_job
+from tdro_hpc.launch.queue import Queue, ask_accounting, ask_queue
 from tdro_hpc.launch.record import read_json, read_state
-from tdro_hpc.launch.slurm.queue import Queue, ask_accounting, ask_queue
 
 _HEADER = ["stage", "state", "job", "attempt", "step", "loss", "eta", "reason"]
 _SLURM_MARK = b'"executor": "slurm"'

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tdro_hpc.launch.look.status import at_work, queue_of, see_run, tables_text
-from tdro_hpc.launch.slurm.queue import Queue
+from tdro_hpc.launch.queue import Queue
 
 SLURM_SECONDS = 10.0  # the queue is asked no more often: its controller serves a whole site
 _FILES_SECONDS = 2.0

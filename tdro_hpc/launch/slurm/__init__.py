@@ -1,1 +1,1 @@
-"""Jobs of Slurm: what is asked of it, what it answers, and the code that its jobs run."""
+"""A stage as a job of Slurm: its script, its submission, and the words of a refusal."""

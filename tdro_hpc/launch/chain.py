@@ -14,9 +14,9 @@ from tdro_hpc.atomic import write_json
 from tdro_hpc.config.load import save_config
 from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.call import PROGRAM
+from tdro_hpc.launch.drawing import draw_report
 from tdro_hpc.launch.jobs import end_orphans, last_row, read_jsonl, running_job, stage_lock
 from tdro_hpc.launch.local.executor import JobOf, ask_to_stop, submit_stage
-from tdro_hpc.launch.look.drawing import draw_report
 from tdro_hpc.launch.look.progress import View, view_for
 from tdro_hpc.launch.plan import SKIP, Plan, PlannedStage
 from tdro_hpc.launch.record import (

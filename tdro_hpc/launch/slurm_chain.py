@@ -11,15 +11,15 @@ from tdro_hpc.config.load import save_config
 from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.call import PROGRAM
 from tdro_hpc.launch.cancel import mark_cancelled, slurm_jobs
+from tdro_hpc.launch.chain import DONE_CODE, INTERRUPTED_CODE, STOPPED_CODE, Chain, Signals, noted_signals
 from tdro_hpc.launch.jobs import JOBS, append_event, append_submit, last_row, local_job, read_jsonl, stage_lock
-from tdro_hpc.launch.local.chain import DONE_CODE, INTERRUPTED_CODE, STOPPED_CODE, Chain, Signals, noted_signals
 from tdro_hpc.launch.look.printout import columns
 from tdro_hpc.launch.plan import SKIP, Plan, PlannedStage
+from tdro_hpc.launch.queue import ask_queue
 from tdro_hpc.launch.record import DONE, FAILED, STALE, mark_stale
 from tdro_hpc.launch.slurm.executor import FailedSubmission, cancel_jobs, submit_job
-from tdro_hpc.launch.slurm.queue import ask_queue
-from tdro_hpc.launch.slurm.rows import slurm_work
-from tdro_hpc.launch.slurm.snapshot import take_snapshot
+from tdro_hpc.launch.slurm_rows import slurm_work
+from tdro_hpc.launch.snapshot import take_snapshot
 
 MISTAKE_CODE = 2
 _SAVED = (FAILED, "config.yaml", "job.sbatch")  # files of a stage that a submission replaces

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdro_hpc.launch.slurm.queue import Queue, QueueJob
+from tdro_hpc.launch.queue import Queue, QueueJob
 
 Rows = Sequence[dict[str, Any]]
 _ENDS = ("DONE.json", "FAILED.json")  # written in record.py, which reads rows through this file
