@@ -89,7 +89,10 @@ def run(config: Config, stage: Stage, run_dir: Path, process: Any) -> None:
 
 def _obey(run_dir: Path, stage: str, rank: int, step: int) -> None:
     path = run_dir / "orders.json"
-    orders = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        orders = json.loads(path.read_text())
+    except FileNotFoundError:  # also when another rank has just taken its own
+        return
     if (orders.get("stage"), orders.get("rank"), orders.get("step")) != (stage, rank, step):
         return
     path.unlink()

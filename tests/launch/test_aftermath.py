@@ -117,6 +117,9 @@ def test_link_after_a_failed_one_keeps_its_cause(stage_dir):
 
 def test_mistake_by_hand_leaves_the_stage_as_it_was(stage_dir):
     assert ended(stage_dir, 2) == 2 and not (stage_dir / "FAILED.json").exists()
+    # srun ends the other ranks, and its own code is then that of a signal.
+    words = "srun: error: node1: task 0: Exited with exit code 2\nsrun: error: node1: task 1: Terminated"
+    assert ended(stage_dir, 143, words) == 2 and not (stage_dir / "FAILED.json").exists()
     submitted(stage_dir)
     assert ended(stage_dir, 2) == 1
 

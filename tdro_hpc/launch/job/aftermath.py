@@ -29,6 +29,7 @@ from tdro_hpc.launch.slurm.sbatch import SETUP_FAILED
 
 DONE_CODE, FAILED_CODE, MISTAKE_CODE = 0, 1, 2
 _TAIL_LINES = 15
+_MISTAKE = f"Exited with exit code {MISTAKE_CODE}"  # as srun says it; its own code is another when it ends the others
 _READ_BYTES = 1 << 20  # of the end of srun's lines
 _LIMIT_WORDS = (
     "the time limit of the job came before a step was over and saved. "
@@ -84,9 +85,6 @@ def settle(attempt: Attempt) -> int:
         return DONE_CODE
     if attempt.stopped:
         return STOPPED_CODE
-    by_hand = submit_row(attempt.rows, attempt.job) is None
-    if attempt.code == MISTAKE_CODE and by_hand and attempt.begun is None:
-        return MISTAKE_CODE  # said by the ranks; the stage is as it was
     failed = _failed_of(attempt)
     if failed is not None and not is_second_hand(str(failed["error"])):
         return _end_failed(attempt)
@@ -96,6 +94,9 @@ def settle(attempt: Attempt) -> int:
         cause = Cause(_LIMIT_WORDS, host=cause.host if cause else "")
     elif ended is not None or (cause is not None and cause.signal and failed is None):
         return _stopped_early(attempt, ended)
+    if attempt.begun is None and submit_row(attempt.rows, attempt.job) is None:
+        # A job by hand that was not let in: the ranks have said why. The stage may be at work in another job.
+        return MISTAKE_CODE if attempt.code == MISTAKE_CODE or _MISTAKE in attempt.words else FAILED_CODE
     if cause is not None:
         _write_failed(attempt, cause)
     elif failed is None:
