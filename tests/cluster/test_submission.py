@@ -89,7 +89,8 @@ def test_jobs_in_the_queue_are_as_they_were_printed_and_can_be_taken_back(user: 
 
     # One in the middle is taken away by hand: what waits for it goes too, and the same line puts both back.
     user.cluster.run("scancel", jobs["s1"])
-    user.cluster.run("scontrol", "release", jobs["s2-curr"])  # Slurm looks at what held jobs wait for once a minute only
+    # Slurm looks at what held jobs wait for once a minute only.
+    user.cluster.run("scontrol", "release", jobs["s2-curr"])
     user.wait(lambda: set(user.cluster.squeue()) == {jobs["s0"]})
     told = user.type("status", "name=count").stdout
     assert f"job {jobs['s1']} left the queue before it began" in told, told
