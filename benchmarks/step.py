@@ -6,7 +6,8 @@ Both sides train the MiniLM package with AdamW on the same rows in the same orde
 negative, in-batch negatives, temperature 0.05, texts of 4 to 120 words, 128 tokens at most. A step is everything from
 one batch to the next: reading, tokenising, forward, loss, backward, optimiser. Rounds of the two sides alternate; the
 first step of each round is left out; the ratio is that of the medians. Under 1 means that this project is faster.
-`uncached` compares with MultipleNegativesRankingLoss, `cached` (chunks of 32) with CachedMultipleNegativesRankingLoss.
+`uncached` compares with MultipleNegativesRankingLoss, `cached` (default chunks) with CachedMultipleNegativesRankingLoss
+(mini-batches of 32, its default).
 """
 
 import argparse
@@ -33,7 +34,7 @@ from tdro_hpc.parallel.torch_engine import TorchEngine
 from tdro_hpc.training.finite import FiniteWatch
 from tdro_hpc.training.step import ContrastiveStep
 
-CHUNK_ROWS, MAX_TOKENS, TEMPERATURE = 32, 128, 0.05
+PEER_CHUNK_ROWS, MAX_TOKENS, TEMPERATURE = 32, 128, 0.05
 
 
 def write_rows(folder: Path, num_rows: int) -> None:
@@ -58,8 +59,6 @@ def config_of(folder: Path, arguments: argparse.Namespace, precision: str, *, ca
         "data.query_max_tokens": MAX_TOKENS,
         "data.passage_max_tokens": MAX_TOKENS,
         "loss.gradient_cache": str(cached).lower(),
-        "loss.chunk_queries": CHUNK_ROWS,
-        "loss.chunk_passages": CHUNK_ROWS,
         "s0.queries_per_rank": arguments.rows,
         "s0.temperature": TEMPERATURE,
         "s0.negatives": "batch",
@@ -118,7 +117,7 @@ class Peer:
         self.model.max_seq_length = MAX_TOKENS
         if cached:
             self.loss = peer_losses.CachedMultipleNegativesRankingLoss(
-                self.model, scale=1 / TEMPERATURE, mini_batch_size=CHUNK_ROWS
+                self.model, scale=1 / TEMPERATURE, mini_batch_size=PEER_CHUNK_ROWS
             )
         else:
             self.loss = peer_losses.MultipleNegativesRankingLoss(self.model, scale=1 / TEMPERATURE)

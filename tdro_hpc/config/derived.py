@@ -34,13 +34,13 @@ def queries_per_step(section: TrainingConfig, ranks: int) -> int:
 
 
 def batch_equation(config: Config, section: TrainingConfig, ranks: int) -> str:
-    """Queries of one optimiser step and what is multiplied; in how many forward chunks under gradient_cache."""
+    """Queries of one optimiser step and what is multiplied; the size of a forward chunk under gradient_cache."""
     text = (
         f"queries per step {queries_per_step(section, ranks):,} = {_counted(ranks, 'rank')} x "
         f"{section.queries_per_rank:,} queries_per_rank x {section.accumulation_steps:,} accumulation_steps"
     )
     if config.loss.gradient_cache:
-        text += f" (a rank embeds {config.loss.chunk_queries:,} chunk_queries at a time)"
+        text += f" (a rank embeds {config.loss.chunk_tokens:,} chunk_tokens at a time)"
     return text
 
 

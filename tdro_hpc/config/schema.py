@@ -17,6 +17,7 @@ NEGATIVES = ("group", "task", "batch", "world")
 BATCHINGS = ("homogeneous", "mixed")
 MEASUREMENTS = ("ratio_of_means", "mean_of_ratios", "excess", "loss")
 WEIGHT_OPTIMIZERS = ("sgd", "adamw", "adagrad", "rmsprop")
+LOSS_IMPLEMENTATIONS = ("auto", "fused", "torch")
 FORMATS = ("tdro", "llm_embedder", "pairs", "beir", "msmarco")
 
 
@@ -137,19 +138,21 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Which columns count as negatives, and in what chunks the rows are embedded."""
+    """Which columns count as negatives, how the loss is computed, and in what chunks texts are embedded."""
 
     mask_duplicates: bool = True  # columns with the text of the row's positive do not count as negatives
     mask_known_positives: bool = True  # nor do other positives of the row's record
     false_negative_margin: float | None = None  # columns scoring above positive - margin do not count; in cosine units
+    implementation: str = "auto"  # auto = compiled kernels where they are built, else torch; fused, torch
+    ring_above_mb: int = 2048  # columns of all ranks above this many MB go round the ranks, else each rank gets all
     gradient_cache: bool = False  # embed in chunks, exact gradients, memory of one chunk
-    chunk_queries: int = 32  # rows of one query chunk under gradient_cache
-    chunk_passages: int = 32  # rows of one passage chunk under gradient_cache
+    chunk_tokens: int = 4096  # tokens of one chunk under gradient_cache, padding included; at least one text
 
     def __post_init__(self) -> None:
         require(
-            at_least("loss.chunk_queries", self.chunk_queries, 1, "8 to 256")
-            + at_least("loss.chunk_passages", self.chunk_passages, 1, "8 to 256")
+            one_of("loss.implementation", self.implementation, LOSS_IMPLEMENTATIONS)
+            + at_least("loss.ring_above_mb", self.ring_above_mb, 0, "2048; 0 = always")
+            + at_least("loss.chunk_tokens", self.chunk_tokens, 1, "2048 to 65536")
         )
 
 

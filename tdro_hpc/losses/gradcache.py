@@ -1,7 +1,8 @@
 """Exact gradients of a loss over many embeddings in the memory of one chunk (gradient caching, arXiv 2101.06983).
 
 Pass 1 embeds everything without gradient, the loss gives a gradient for each embedding, and pass 2 embeds each chunk
-again with the same random draws and back-propagates its share. Knows nothing of the loss and nothing of the encoder.
+again with the same random draws and back-propagates its share. The chunk that pass 1 embeds last keeps its graph, so
+pass 2 has it already. Knows nothing of the loss and nothing of the encoder.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ RandomState = list[Tensor]  # of the CPU's generator, and of the GPU's where the
 
 
 @dataclass
-class _Chunk:
+class Chunk:
     """Rows that are embedded together. Padding that none of them needs is cut off."""
 
     part: int  # which of the parts they are of
@@ -29,64 +30,95 @@ class _Chunk:
 def cached_backward(
     engine: Engine,
     parts: list[Tokens],
-    chunk_rows: list[int],
+    chunk_tokens: int,
     loss_of: Callable[[list[Tensor]], Tensor],
     *,
     synchronise: bool,
 ) -> Tensor:
     """Add the gradients of loss_of(embeddings of all parts) to the engine's parameters; returns the loss [], detached.
 
-    parts        one a side, each with at least one row
-    chunk_rows   rows of a chunk, a number a part; >= 1
-    loss_of      embeddings of each part, in the order of its rows -> loss []. Called once; it may keep what it
-                 computes, and may gather over ranks
-    synchronise  average the gradients over ranks with the last chunk
-    Dropout draws are per chunk: they equal those of engine.embed on the same chunks in the same order.
+    parts         one a side, each with at least one row
+    chunk_tokens  tokens of a chunk with its padding, >= 1; a row that is longer is a chunk of its own
+    loss_of       embeddings of each part, in the order of its rows -> loss []. Called once; it may keep what it
+                  computes, and may gather over ranks
+    synchronise   average the gradients over ranks with the last chunk
+    Dropout draws are per chunk: they equal those of engine.embed on the chunks of `split_parts` in their order. Ranks
+    may have different numbers of chunks: only the last backward of each talks to the others.
     """
-    assert len(parts) == len(chunk_rows), f"{len(parts)} parts, but {len(chunk_rows)} chunk sizes"
-    chunks = [chunk for part, tokens in enumerate(parts) for chunk in split_by_length(tokens, part, chunk_rows[part])]
-    embeddings = _embed_all(engine, parts, chunks)
+    chunks = split_parts(parts, chunk_tokens)
+    device = engine.process.device
+    kept, embeddings = _embed_all(engine, parts, chunks)
+    after = _captured(device)
     loss = loss_of(embeddings)
     gradients = torch.autograd.grad(loss, embeddings, materialize_grads=True)
-    for chunk in chunks:
-        assert chunk.random_state is not None, "pass 1 comes first"
-        _restore(chunk.random_state, engine.process.device)
-        (embedding,) = engine.embed([chunk.tokens])
-        rows = chunk.rows.to(embedding.device, non_blocking=True)
-        surrogate = (embedding * gradients[chunk.part][rows]).sum()
-        engine.backward(surrogate, synchronise=synchronise and chunk is chunks[-1])
+    for chunk in reversed(chunks):
+        if kept is None:
+            assert chunk.random_state is not None, "pass 1 comes first"
+            _restore(chunk.random_state, device)
+            (kept,) = engine.embed([chunk.tokens])
+        rows = chunk.rows.to(kept.device, non_blocking=True)
+        surrogate = (kept * gradients[chunk.part][rows]).sum()
+        kept = None  # the graph goes with the backward, before the next chunk makes one
+        engine.backward(surrogate, synchronise=synchronise and chunk is chunks[0])
+    _restore(after, device)
     return loss.detach()
 
 
-def split_by_length(tokens: Tokens, part: int, chunk_rows: int) -> list[_Chunk]:
-    """Chunks of rows of like length, the longest first: if memory does not suffice, that shows at once."""
+def split_parts(parts: list[Tokens], chunk_tokens: int) -> list[Chunk]:
+    """Chunks of all parts, from the fewest tokens to the most: pass 2 begins with the one that needs most memory."""
+    chunks = [chunk for part, tokens in enumerate(parts) for chunk in split_by_length(tokens, part, chunk_tokens)]
+    return sorted(chunks, key=lambda chunk: chunk.tokens.input_ids.numel())
+
+
+def split_by_length(tokens: Tokens, part: int, chunk_tokens: int) -> list[Chunk]:
+    """Chunks of rows of like length, the longest first, each of at most `chunk_tokens` tokens or of one row."""
     mask = tokens.attention_mask
-    assert len(mask) > 0 and chunk_rows >= 1, f"{len(mask)} rows in chunks of {chunk_rows}"
+    assert len(mask) > 0 and chunk_tokens >= 1, f"{len(mask)} rows in chunks of {chunk_tokens} tokens"
     order = torch.argsort(mask.sum(dim=1), descending=True, stable=True)
     first_used, unused_at_end = mask.argmax(dim=1), mask.flip(1).argmax(dim=1)
-    # The widths of the chunks are shapes, so they are needed on the host: one copy a part.
+    # The shapes of the chunks are needed on the host: one copy a part.
     first_columns, ends = torch.stack([first_used, mask.shape[1] - unused_at_end])[:, order].tolist()
     chunks = []
-    for start, rows in zip(range(0, len(mask), chunk_rows), order.split(chunk_rows), strict=True):
-        stop = start + len(rows)
-        columns = slice(min(first_columns[start:stop]), max(ends[start:stop]))
+    for start, stop, first, end in _spans(first_columns, ends, chunk_tokens):
+        rows = order[start:stop]
         chosen = tokens.rows(rows)
-        chunks.append(_Chunk(part, rows, Tokens(chosen.input_ids[:, columns], chosen.attention_mask[:, columns])))
+        chunks.append(Chunk(part, rows, Tokens(chosen.input_ids[:, first:end], chosen.attention_mask[:, first:end])))
     return chunks
 
 
-def _embed_all(engine: Engine, parts: list[Tokens], chunks: list[_Chunk]) -> list[Tensor]:
-    """Pass 1: embeddings of each part, in the order of its rows, as leaves that collect a gradient."""
+def _spans(first_columns: list[int], ends: list[int], chunk_tokens: int) -> list[tuple[int, int, int, int]]:
+    """(first row, last + 1, first column, last + 1) of each chunk, for rows whose real tokens are first .. end - 1."""
+    spans: list[tuple[int, int, int, int]] = []
+    for row, (first, end) in enumerate(zip(first_columns, ends, strict=True)):
+        if spans:
+            start, _, chunk_first, chunk_end = spans[-1]
+            chunk_first, chunk_end = min(chunk_first, first), max(chunk_end, end)
+            if (row + 1 - start) * (chunk_end - chunk_first) <= chunk_tokens:
+                spans[-1] = (start, row + 1, chunk_first, chunk_end)
+                continue
+        spans.append((row, row + 1, first, end))
+    return spans
+
+
+def _embed_all(engine: Engine, parts: list[Tokens], chunks: list[Chunk]) -> tuple[Tensor | None, list[Tensor]]:
+    """Pass 1.
+
+    returns  embeddings of the last chunk with their graph, and those of each part, in the order of its rows, as leaves
+             that collect a gradient
+    """
     embeddings: list[Tensor | None] = [None] * len(parts)
+    kept = None
     for chunk in chunks:
         chunk.random_state = _captured(engine.process.device)
-        embedding = engine.embed_frozen(chunk.tokens)
+        if chunk is chunks[-1]:
+            (kept,) = engine.embed([chunk.tokens])
+        embedding = engine.embed_frozen(chunk.tokens) if kept is None else kept.detach()
         whole = embeddings[chunk.part]
         if whole is None:
             whole = embedding.new_empty(len(parts[chunk.part].input_ids), embedding.shape[1])
             embeddings[chunk.part] = whole
         whole[chunk.rows.to(embedding.device, non_blocking=True)] = embedding
-    return [whole.requires_grad_() for whole in embeddings if whole is not None]
+    return kept, [whole.requires_grad_() for whole in embeddings if whole is not None]
 
 
 def _captured(device: torch.device) -> RandomState:

@@ -78,15 +78,14 @@ class _ReferenceModel:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         batch = batch.to(self.device)
-        sides = [(batch.query_tokens, self.loss.chunk_queries), (batch.passage_tokens, self.loss.chunk_passages)]
-        embeddings = [self._embed(tokens, rows) for tokens, rows in sides]
+        embeddings = [self._embed(tokens) for tokens in (batch.query_tokens, batch.passage_tokens)]
         return row_losses(embeddings, batch, self.training, self.loss)
 
-    def _embed(self, tokens: Tokens, chunk_rows: int) -> Tensor:
+    def _embed(self, tokens: Tokens) -> Tensor:
         """[rows, width], in the order of the tokens."""
         if not self.loss.gradient_cache:
             return self.encoder(tokens)
-        chunks = split_by_length(tokens, 0, chunk_rows)
+        chunks = split_by_length(tokens, 0, self.loss.chunk_tokens)
         embedded = torch.cat([self.encoder(chunk.tokens) for chunk in chunks])
         return torch.empty_like(embedded).index_copy_(0, torch.cat([chunk.rows for chunk in chunks]), embedded)
 

@@ -51,8 +51,7 @@ class _MicroStep:
 
         parts = [batch.query_tokens, batch.passage_tokens]
         if self.loss.gradient_cache:
-            chunks = [self.loss.chunk_queries, self.loss.chunk_passages]
-            cached_backward(self.engine, parts, chunks, loss_of, synchronise=synchronise)
+            cached_backward(self.engine, parts, self.loss.chunk_tokens, loss_of, synchronise=synchronise)
         else:
             self.engine.backward(loss_of(self.engine.embed(parts)), synchronise=synchronise)
         assert len(rows) == 1, "the loss runs once a micro-step"

@@ -129,8 +129,8 @@ def test_tasks_left_to_their_own_negatives_are_counted_among_the_chosen_ones():
 
 
 def test_gradient_cache_says_how_much_is_embedded_at_a_time():
-    config = Config(loss=LossConfig(gradient_cache=True, chunk_queries=16))
-    assert batch_equation(config, config.s0, 1).endswith("(a rank embeds 16 chunk_queries at a time)")
+    config = Config(loss=LossConfig(gradient_cache=True, chunk_tokens=8192))
+    assert batch_equation(config, config.s0, 1).endswith("(a rank embeds 8,192 chunk_tokens at a time)")
 
 
 def test_disk_of_full_and_of_lora_training(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tdro_hpc.config.schema import LossConfig, ParallelConfig, TrainingConfig
-from tdro_hpc.losses.gradcache import cached_backward, split_by_length
+from tdro_hpc.losses.gradcache import cached_backward, split_parts
 from tdro_hpc.losses.score_block import build_score_block
 from tdro_hpc.parallel.gather import _reduce_scatter, gather_ids, gather_rows, gather_values
 from tdro_hpc.parallel.process import (
@@ -21,6 +21,7 @@ from tdro_hpc.parallel.torch_engine import TorchEngine
 from tests.reference.toy import ToyEncoder, rows_of_batch, toy_batch
 
 ROWS = 8  # of the batch of all ranks
+CHUNK_TOKENS = 20
 POLICIES = ("group", "task", "batch", "world")
 TRAINING = TrainingConfig(learning_rate=0.01, warmup_steps=0, steps=10, max_grad_norm=0.5)
 LOSS = LossConfig(false_negative_margin=-0.2)  # columns that beat the positive by more do not count
@@ -56,15 +57,15 @@ def check_policies(process, batch):
 
 
 def check_cache(process, batch, other):
-    """Two cached micro-steps, synchronised at the last one only."""
+    """Gradients of two cached micro-steps, synchronised at the last one only, and its number of chunks."""
     engine = TorchEngine(ToyEncoder(), process, TRAINING)
     for micro_batch, last in ((batch, False), (other, True)):
 
         def loss_of(embeddings, micro_batch=micro_batch):
             return losses_of(embeddings, micro_batch, "world").mean() / 2
 
-        cached_backward(engine, parts_of(micro_batch), [2, 3], loss_of, synchronise=last)
-    return gradients(engine.encoder)
+        cached_backward(engine, parts_of(micro_batch), CHUNK_TOKENS, loss_of, synchronise=last)
+    return gradients(engine.encoder), len(split_parts(parts_of(other), CHUNK_TOKENS))
 
 
 def check_dropout_replay(process, batch):
@@ -72,15 +73,15 @@ def check_dropout_replay(process, batch):
     engine = TorchEngine(ToyEncoder(dropout=0.5), process, TRAINING)
     torch.manual_seed(7 + process.data_rank)
     parts = parts_of(batch)
-    loss = cached_backward(engine, parts, [2, 3], lambda e: losses_of(e, batch, "world").mean(), synchronise=True)
+    loss = cached_backward(engine, parts, CHUNK_TOKENS, lambda e: losses_of(e, batch, "world").mean(), synchronise=True)
     state = torch.get_rng_state()
     plain = ToyEncoder(dropout=0.5)
     torch.manual_seed(7 + process.data_rank)
+    pieces = [(chunk, plain(chunk.tokens)) for chunk in split_parts(parts, CHUNK_TOKENS)]
     embeddings = []
-    for part, (tokens, rows) in enumerate(zip(parts, [2, 3], strict=True)):
-        chunks = split_by_length(tokens, part, rows)
-        order = torch.cat([chunk.rows for chunk in chunks])
-        embeddings.append(torch.cat([plain(chunk.tokens) for chunk in chunks])[order.argsort()])
+    for part in range(2):
+        order = torch.cat([chunk.rows for chunk, _ in pieces if chunk.part == part])
+        embeddings.append(torch.cat([piece for chunk, piece in pieces if chunk.part == part])[order.argsort()])
     plain_loss = losses_of(embeddings, batch, "world").mean()
     plain_loss.backward()
     averaged = {name: sum_over_ranks(g) / process.data_size for name, g in gradients(plain).items()}

@@ -13,7 +13,7 @@ from tests.distributed.training_run import write_tasks
 SCRIPT = "training_run.py"
 NO_DROPOUT = ["model.lora.dropout=0"]  # ranks draw dropout for their own rows
 CHAIN = ["s0:run", "s1:run", "s2-curr:run"]
-CHUNKED = ["loss.gradient_cache=true", "loss.chunk_queries=3", "loss.chunk_passages=5", "s0:chunked", "s1:chunked"]
+CHUNKED = ["loss.gradient_cache=true", "loss.chunk_tokens=100", "s0:chunked", "s1:chunked"]
 RATIOS = ["loss.gradient_cache=false", "s1.measurement=mean_of_ratios", "s1:ratios"]
 
 

@@ -93,15 +93,15 @@ def training_of(folder, *more):
     return assembly.assemble(config, stage_graph(config)["s1"], config.s1, folder / "run", process, weights="uniform")
 
 
-def test_reference_in_chunks_gives_the_same_losses_and_never_more_rows(trained, monkeypatch):
-    chunked = ["loss.gradient_cache=true", "loss.chunk_queries=3", "loss.chunk_passages=5"]
+def test_reference_in_chunks_gives_the_same_losses_and_never_more_tokens(trained):
+    chunked = ["loss.gradient_cache=true", "loss.chunk_tokens=100"]
     whole, pieces = (training_of(trained[0], *more) for more in (["loss.gradient_cache=false"], chunked))
     model, sizes = s1._ReferenceModel(pieces), []
-    model.encoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    model.encoder.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].input_ids.numel()))
     batch = whole.batches.batch(0, 0)
     found = model(batch)
     torch.testing.assert_close(found, s1._ReferenceModel(whole)(batch), rtol=1e-4, atol=1e-5)
-    assert not found.requires_grad and sizes == [3, 3, 2, 5, 5, 5, 5, 5, 5, 2]
+    assert not found.requires_grad and len(sizes) > 8 and max(sizes) <= 100
 
 
 def test_cached_losses_of_other_negatives_are_not_read(trained, monkeypatch):
