@@ -1,0 +1,153 @@
+// The calls of infonce.h: groups, sizes and threads; panel.cpp does the work of a group.
+#include "infonce.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "panel.h"
+
+namespace tdro {
+namespace {
+
+constexpr int64_t WORKSPACE_BYTES = 15 << 20;  // at least so much may be used beside the results
+constexpr int64_t SMALL_GROUP = 1 << 24;       // multiply-adds: below, whole groups are spread over the threads
+
+const TileKernels& float_kernels() {
+  for (const TileKernels* found : {kernels_avx512(), kernels_avx2()})
+    if (found) return *found;
+  return *kernels_generic();
+}
+
+const TileKernels& kernels_for(Type type) {
+  static const TileKernels* pairs = kernels_avx512bf16();
+  static const TileKernels& floats = float_kernels();
+  return type == Type::bfloat16 && pairs ? *pairs : floats;
+}
+
+Parallel serial() {
+  return {1, [](int64_t tasks, const std::function<void(int64_t, int)>& body) {
+            for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+          }};
+}
+
+// Gradients of what is in no group, and of positives outside their row's group.
+void add_positives_elsewhere(const Call& call, const float* positive_factors) {
+  const Problem& problem = call.problem;
+  const Rows documents{problem.documents, problem.type, problem.width, 0, problem.columns, nullptr};
+  const Rows queries{problem.queries, problem.type, problem.width, 0, problem.rows, nullptr};
+  std::vector<float> row(problem.width);
+  for (int64_t i = 0; i < problem.rows; ++i) {
+    const int64_t column = problem.positives[i];
+    if (column < 0 || column >= problem.columns) continue;
+    const int32_t group = call.groups.group_of_row[i];
+    if (group >= 0 && call.groups.place(column, group) >= 0) continue;
+    const float factor = positive_factors[i] / problem.temperature;
+    read_row(documents, column, row.data());
+    for (int64_t k = 0; k < problem.width; ++k) call.query_gradient[i * problem.width + k] += factor * row[k];
+    read_row(queries, i, row.data());
+    for (int64_t k = 0; k < problem.width; ++k) call.document_gradient[column * problem.width + k] += factor * row[k];
+  }
+}
+
+// What no group will write.
+void clear_gradients(const Call& call) {
+  const Problem& problem = call.problem;
+  const size_t bytes = problem.width * sizeof(float);
+  const bool none = call.groups.groups.empty();
+  for (int64_t i = 0; i < problem.rows; ++i)
+    if (none || (!call.groups.group_of_row.empty() && call.groups.group_of_row[i] < 0))
+      std::memset(call.query_gradient + i * problem.width, 0, bytes);
+  for (int64_t c = 0; c < problem.columns; ++c)
+    if (none || (!call.groups.group_of_column.empty() && call.groups.group_of_column[c] < 0))
+      std::memset(call.document_gradient + c * problem.width, 0, bytes);
+}
+
+void run_groups(const Call& call, const Parallel& parallel) {
+  const Problem& problem = call.problem;
+  const int64_t gradient_bytes = 4 * problem.width * (problem.rows + problem.columns);
+  const int64_t workspace = std::max(WORKSPACE_BYTES, gradient_bytes / 4 - (1 << 20));
+  std::vector<int32_t> small;
+  for (int32_t g = 0; g < int32_t(call.groups.groups.size()); ++g) {
+    const Group& group = call.groups.groups[g];
+    if (call.groups.groups.size() > 1 && group.rows.count * group.columns.count * problem.width < SMALL_GROUP)
+      small.push_back(g);
+    else
+      run_group(call, g, sizes_of(group, call, workspace), parallel);
+  }
+  const int64_t batch = std::max<int64_t>(1, int64_t(small.size()) / (8 * parallel.threads));
+  parallel.run((int64_t(small.size()) + batch - 1) / batch, [&](int64_t task, int) {
+    for (size_t i = task * batch; i < std::min<size_t>(small.size(), (task + 1) * batch); ++i)
+      run_group(call, small[i], sizes_of(call.groups.groups[small[i]], call, workspace / parallel.threads), serial());
+  });
+}
+
+}  // namespace
+
+const char* cpu_path() { return kernels_avx512bf16() ? kernels_avx512bf16()->name : float_kernels().name; }
+
+void positive_scores(const Problem& problem, const Parallel& parallel, float* scores) {
+  const Rows queries{problem.queries, problem.type, problem.width, 0, problem.rows, nullptr};
+  const Rows documents{problem.documents, problem.type, problem.width, 0, problem.columns, nullptr};
+  constexpr int64_t BATCH = 64;
+  parallel.run((problem.rows + BATCH - 1) / BATCH, [&](int64_t task, int) {
+    std::vector<float> room(2 * problem.width);
+    float *query = room.data(), *document = query + problem.width;
+    for (int64_t i = task * BATCH; i < std::min(problem.rows, (task + 1) * BATCH); ++i) {
+      const int64_t column = problem.positives[i];
+      scores[i] = 0.0f;
+      if (column < 0 || column >= problem.columns) continue;
+      read_row(queries, i, query);
+      read_row(documents, column, document);
+      scores[i] = kernels_for(problem.type).dot(query, document, problem.width) / problem.temperature;
+    }
+  });
+}
+
+void forward(const Problem& problem, const Parallel& parallel, const float* positive_scores, float* row_negatives,
+             float* column_negatives) {
+  constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+  std::fill_n(row_negatives, problem.rows, LOWEST);
+  if (column_negatives) std::fill_n(column_negatives, problem.columns, LOWEST);
+  const Groups groups = find_groups(problem);
+  const Ids ids = number_ids(problem);
+  Call call{problem, kernels_for(problem.type), groups, ids, positive_scores};
+  call.row_negatives = row_negatives;
+  call.column_negatives = column_negatives;
+  run_groups(call, parallel);
+}
+
+void backward(const Problem& problem, const Parallel& parallel, const Shares& shares, float* query_gradient,
+              float* document_gradient) {
+  const Groups groups = find_groups(problem);
+  const Ids ids = number_ids(problem);
+  Call call{problem, kernels_for(problem.type), groups, ids, shares.positive_scores};
+  call.shares = &shares;
+  call.query_gradient = query_gradient;
+  call.document_gradient = document_gradient;
+  clear_gradients(call);
+  run_groups(call, parallel);
+  if (problem.query_group) add_positives_elsewhere(call, shares.positive_factors);
+}
+
+void forward_backward(const Problem& problem, const Parallel& parallel, const float* positive_scores,
+                      const float* row_weights, float* losses, float* query_gradient, float* document_gradient) {
+  std::fill_n(losses, problem.rows, 0.0f);  // of a row without columns
+  const Groups groups = find_groups(problem);
+  const Ids ids = number_ids(problem);
+  Call call{problem, kernels_for(problem.type), groups, ids, positive_scores};
+  call.query_gradient = query_gradient;
+  call.document_gradient = document_gradient;
+  call.row_weights = row_weights;
+  call.losses = losses;
+  clear_gradients(call);
+  run_groups(call, parallel);
+  if (!problem.query_group) return;
+  std::vector<float> factors(problem.rows);
+  for (int64_t i = 0; i < problem.rows; ++i) factors[i] = std::expm1(-losses[i]) * row_weights[i];
+  add_positives_elsewhere(call, factors.data());
+}
+
+}  // namespace tdro

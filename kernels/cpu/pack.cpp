@@ -1,0 +1,136 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "tile.h"
+
+namespace tdro {
+namespace {
+
+float from_bfloat16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+float from_float16(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  if (exponent == 0) {
+    const float small = float(fraction) * 0x1p-24f;
+    return sign ? -small : small;
+  }
+  const uint32_t wide = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (fraction << 13);
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+// A row as float32: itself where it is, else converted into `room`.
+const float* wide_row(const Rows& rows, int64_t i, float* room) {
+  const int64_t start = rows.row(i) * rows.width;
+  if (rows.type == Type::float32) return static_cast<const float*>(rows.data) + start;
+  const uint16_t* half = static_cast<const uint16_t*>(rows.data) + start;
+  if (rows.type == Type::bfloat16)
+    for (int64_t k = 0; k < rows.width; ++k) room[k] = from_bfloat16(half[k]);
+  else
+    for (int64_t k = 0; k < rows.width; ++k) room[k] = from_float16(half[k]);
+  return room;
+}
+
+const uint16_t* half_row(const Rows& rows, int64_t i) {
+  return static_cast<const uint16_t*>(rows.data) + rows.row(i) * rows.width;
+}
+
+struct Room {  // of one converted row
+  explicit Room(const Rows& rows) : data(rows.type == Type::float32 ? nullptr : new float[rows.width]) {}
+  ~Room() { delete[] data; }
+  float* data;
+};
+
+}  // namespace
+
+void read_row(const Rows& rows, int64_t i, float* out) {
+  const float* row = wide_row(rows, i, out);
+  if (row != out) std::memcpy(out, row, rows.width * sizeof(float));
+}
+
+void pack_transposed(const Rows& rows, float* out) {
+  Room room(rows);
+  for (int64_t block = 0; block < blocks_of(rows.count); ++block, out += rows.width * LANES) {
+    const int64_t filled = std::min<int64_t>(LANES, rows.count - block * LANES);
+    if (filled < LANES) std::fill(out, out + rows.width * LANES, 0.0f);
+    for (int64_t lane = 0; lane < filled; ++lane) {
+      const float* row = wide_row(rows, block * LANES + lane, room.data);
+      for (int64_t k = 0; k < rows.width; ++k) out[k * LANES + lane] = row[k];
+    }
+  }
+}
+
+void pack_lanes(const Rows& rows, float* out) {
+  Room room(rows);
+  const int64_t whole = rows.width / LANES, rest = rows.width % LANES;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const float* row = wide_row(rows, i, room.data);
+    float* to = out + i * LANES;
+    for (int64_t block = 0; block < whole; ++block, to += rows.count * LANES)
+      std::memcpy(to, row + block * LANES, LANES * sizeof(float));
+    if (rest) {
+      std::memcpy(to, row + whole * LANES, rest * sizeof(float));
+      std::fill(to + rest, to + LANES, 0.0f);
+    }
+  }
+}
+
+void pack_transposed_pairs(const Rows& rows, uint32_t* out) {
+  const int64_t pairs = (rows.width + 1) / 2;
+  for (int64_t block = 0; block < blocks_of(rows.count); ++block, out += pairs * LANES) {
+    const int64_t filled = std::min<int64_t>(LANES, rows.count - block * LANES);
+    if (filled < LANES) std::fill(out, out + pairs * LANES, 0u);
+    for (int64_t lane = 0; lane < filled; ++lane) {
+      const uint16_t* row = half_row(rows, block * LANES + lane);
+      for (int64_t k = 0; k < rows.width / 2; ++k) std::memcpy(out + k * LANES + lane, row + 2 * k, 4);
+      if (rows.width % 2) out[(pairs - 1) * LANES + lane] = row[rows.width - 1];
+    }
+  }
+}
+
+void pack_lane_pairs(const Rows& rows, int64_t padded, uint32_t* out) {
+  const int64_t whole = rows.width / LANES, rest = rows.width % LANES;
+  for (int64_t i = 0; i < padded; ++i) {
+    uint32_t* to = out + i * LANES / 2;
+    if (i >= rows.count) {
+      for (int64_t block = 0; block < blocks_of(rows.width); ++block, to += padded * LANES / 2)
+        std::fill(to, to + LANES / 2, 0u);
+      continue;
+    }
+    const uint16_t* row = half_row(rows, i);
+    for (int64_t block = 0; block < whole; ++block, to += padded * LANES / 2)
+      std::memcpy(to, row + block * LANES, LANES * 2);
+    if (rest) {
+      std::fill(to, to + LANES / 2, 0u);
+      std::memcpy(to, row + whole * LANES, rest * 2);
+    }
+  }
+}
+
+void pack_row_pairs(const Rows& rows, int64_t padded, uint32_t* out) {
+  const int64_t blocks = blocks_of(rows.width);
+  for (int64_t i = 0; i < padded; i += 2) {
+    const uint16_t* low = half_row(rows, i);
+    const uint16_t* high = i + 1 < rows.count ? half_row(rows, i + 1) : nullptr;
+    for (int64_t block = 0; block < blocks; ++block) {
+      uint32_t* to = out + (block * (padded / 2) + i / 2) * LANES;
+      const int64_t filled = std::min<int64_t>(LANES, rows.width - block * LANES);
+      const uint16_t *a = low + block * LANES, *b = high ? high + block * LANES : nullptr;
+      if (b)
+        for (int64_t k = 0; k < filled; ++k) to[k] = uint32_t(a[k]) | uint32_t(b[k]) << 16;
+      else
+        for (int64_t k = 0; k < filled; ++k) to[k] = a[k];
+      std::fill(to + filled, to + LANES, 0u);
+    }
+  }
+}
+
+}  // namespace tdro

@@ -1,0 +1,397 @@
+#include "panel.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace tdro {
+namespace {
+
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+constexpr int64_t STEP_BLOCKS = 6;  // of 32 dimensions a product of scores sums at a time: its operands stay in the first cache
+constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 96, MAX_STRIPS = 16;
+
+// A thread's own room for one tile.
+struct Scratch {
+  Scratch(int64_t rows, int64_t columns, int64_t width, bool pairs)
+      : scores(rows * columns),
+        documents(blocks_of(width) * columns * (pairs ? LANES / 2 : LANES)),
+        document_pairs(pairs ? blocks_of(width) * columns / 2 * LANES : 0),
+        share_lanes(pairs ? rows * columns / 2 : 0),
+        share_rows(pairs ? rows * columns / 2 : 0),
+        gradient(columns * LANES),
+        factors(rows),
+        sums(rows),
+        column_floats(5 * columns),
+        column_ids(columns) {}
+
+  Buffer<float> scores;  // [row block][column][32]
+  Buffer<uint32_t> documents, document_pairs, share_lanes, share_rows;
+  Buffer<float> gradient;  // [column][32]
+  Buffer<float> factors, sums, column_floats;
+  Buffer<int32_t> column_ids;
+};
+
+class GroupRun {
+ public:
+  GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel);
+  void run();
+
+ private:
+  struct Tile {
+    int64_t first, count, padded;  // columns of the group; padded to pairs
+  };
+
+  void begin_panel();
+  void look_up_rows();
+  void pack_rows();
+  void statistics_of_strip(int64_t strip, Scratch& scratch);
+  void merge_strips();
+  void gradients_of_strip(int64_t strip, Scratch& scratch);
+  void end_panel();
+  void end_columns();
+
+  Tile tile_at(int64_t number) const;
+  void pack_documents(const Tile& tile, Scratch& scratch, bool for_gradient) const;
+  void raw_scores(const Tile& tile, Scratch& scratch, float* scores) const;
+  void finish(const Tile& tile, Scratch& scratch, float* scores, float* highest) const;
+  void merge_columns(const Tile& tile, Scratch& scratch, const float* scores);
+  void shares_of(const Tile& tile, int64_t number, Scratch& scratch) const;
+  void add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch);
+  int64_t strip_start(int64_t strip) const { return strip * tiles_ / sizes_.strips; }
+
+  const Call& call_;
+  const Problem& problem_;
+  const TileKernels& kernels_;
+  const int32_t number_;
+  const Group& group_;
+  const Sizes sizes_;
+  const Parallel& parallel_;
+  const int64_t dims_, tiles_;  // blocks of dimensions; tiles of columns
+  const bool gradients_;
+  int64_t first_ = 0, rows_ = 0, row_blocks_ = 0, lanes_ = 0;  // of the panel; lanes = row blocks * 32
+
+  Buffer<uint32_t> transposed_, by_dimension_;  // the panel's queries, packed for the scores and for dD
+  Buffer<float> totals_, factors_, positive_factors_, limits_;
+  Buffer<int32_t> positive_ids_, known_ids_;
+  std::vector<int64_t> place_;             // of each row's positive within the group, or -1
+  Buffer<float> strip_highest_, strip_sums_;  // [strip][lanes]
+  Buffer<float> kept_, kept_highest_;         // [tile][row block][column][32], [tile][lanes]
+  Buffer<float> query_parts_;                 // [strip][dimension block][lanes][32]
+  Buffer<float> column_highest_, column_sums_;  // [columns of the group]
+  std::vector<Scratch> scratch_;
+};
+
+GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel)
+    : call_(call),
+      problem_(call.problem),
+      kernels_(call.kernels),
+      number_(group),
+      group_(call.groups.groups[group]),
+      sizes_(sizes),
+      parallel_(parallel),
+      dims_(blocks_of(problem_.width)),
+      tiles_((group_.columns.count + sizes.tile_columns - 1) / sizes.tile_columns),
+      gradients_(call.query_gradient != nullptr) {
+  const int64_t lanes = sizes.panel_rows, packed = lanes * dims_ * (kernels_.pairs ? LANES / 2 : LANES);
+  transposed_.reset(packed);
+  if (gradients_) by_dimension_.reset(packed);
+  for (Buffer<float>* rows : {&totals_, &factors_, &positive_factors_, &limits_}) rows->reset(lanes);
+  positive_ids_.reset(lanes);
+  known_ids_.reset(lanes * problem_.known);
+  place_.resize(lanes);
+  strip_highest_.reset(sizes.strips * lanes);
+  strip_sums_.reset(sizes.strips * lanes);
+  if (sizes.keep) {
+    kept_.reset(tiles_ * sizes.tile_columns * lanes);
+    kept_highest_.reset(tiles_ * lanes);
+  }
+  if (gradients_) query_parts_.reset(sizes.strips * lanes * dims_ * LANES);
+  if (call.column_negatives) {
+    column_highest_.reset(group_.columns.count);
+    column_sums_.reset(group_.columns.count);
+    std::fill(&column_highest_[0], &column_highest_[0] + group_.columns.count, LOWEST);
+    std::fill(&column_sums_[0], &column_sums_[0] + group_.columns.count, 0.0f);
+  }
+  for (int64_t i = 0; i < std::min<int64_t>(parallel.threads, sizes.strips); ++i)
+    scratch_.emplace_back(lanes, sizes.tile_columns, problem_.width, kernels_.pairs);
+}
+
+void GroupRun::run() {
+  for (first_ = 0; first_ < group_.rows.count; first_ += sizes_.panel_rows) {
+    begin_panel();
+    if (!call_.shares) {
+      parallel_.run(sizes_.strips, [&](int64_t strip, int thread) { statistics_of_strip(strip, scratch_[thread]); });
+      merge_strips();
+    }
+    if (gradients_) {
+      parallel_.run(sizes_.strips, [&](int64_t strip, int thread) { gradients_of_strip(strip, scratch_[thread]); });
+      end_panel();
+    }
+  }
+  if (call_.column_negatives) end_columns();
+}
+
+void GroupRun::begin_panel() {
+  rows_ = std::min(sizes_.panel_rows, group_.rows.count - first_);
+  row_blocks_ = blocks_of(rows_);
+  lanes_ = row_blocks_ * LANES;
+  look_up_rows();
+  pack_rows();
+}
+
+void GroupRun::look_up_rows() {
+  const float scale = 1.0f / problem_.temperature;
+  for (int64_t i = 0; i < lanes_; ++i) {
+    const bool real = i < rows_;
+    const int64_t row = real ? group_.rows.member(first_ + i) : 0;
+    const int64_t positive = real ? problem_.positives[row] : -1;
+    place_[i] = positive >= 0 && positive < problem_.columns ? call_.groups.place(positive, number_) : -1;
+    limits_[i] = real ? call_.positive_scores[row] - problem_.margin * scale : LOWEST;
+    positive_ids_[i] = real && !call_.ids.positives.empty() ? call_.ids.positives[row] : -2;
+    for (int64_t k = 0; k < problem_.known && !call_.ids.known.empty(); ++k)
+      known_ids_[k * lanes_ + i] = real ? call_.ids.known[row * problem_.known + k] : -2;
+    totals_[i] = factors_[i] = positive_factors_[i] = 0.0f;
+    if (!real || !call_.shares) continue;
+    totals_[i] = call_.shares->row_totals[row];
+    factors_[i] = call_.shares->row_factors[row] * scale;
+    positive_factors_[i] = call_.shares->positive_factors[row] * scale;
+  }
+}
+
+void GroupRun::pack_rows() {
+  const Span& members = group_.rows;
+  parallel_.run(row_blocks_, [&](int64_t block, int) {
+    const int64_t start = first_ + block * LANES, count = std::min<int64_t>(LANES, first_ + rows_ - start);
+    const Rows rows{problem_.queries, problem_.type, problem_.width, members.first + start, count,
+                    members.index ? members.index + start : nullptr};
+    if (kernels_.pairs)
+      pack_transposed_pairs(rows, &transposed_[block * ((problem_.width + 1) / 2) * LANES]);
+    else
+      pack_transposed(rows, reinterpret_cast<float*>(&transposed_[block * problem_.width * LANES]));
+  });
+  if (!gradients_) return;
+  const Rows rows{problem_.queries, problem_.type, problem_.width, members.first + first_, rows_,
+                  members.index ? members.index + first_ : nullptr};
+  if (kernels_.pairs)
+    pack_row_pairs(rows, (rows_ + 1) / 2 * 2, &by_dimension_[0]);
+  else
+    pack_lanes(rows, reinterpret_cast<float*>(&by_dimension_[0]));
+}
+
+GroupRun::Tile GroupRun::tile_at(int64_t number) const {
+  const int64_t first = number * sizes_.tile_columns, count = std::min(sizes_.tile_columns, group_.columns.count - first);
+  return {first, count, kernels_.pairs ? (count + 1) / 2 * 2 : count};
+}
+
+void GroupRun::pack_documents(const Tile& tile, Scratch& scratch, bool for_gradient) const {
+  const Span& members = group_.columns;
+  const Rows rows{problem_.documents, problem_.type, problem_.width, members.first + tile.first, tile.count,
+                  members.index ? members.index + tile.first : nullptr};
+  if (!kernels_.pairs) {
+    pack_lanes(rows, reinterpret_cast<float*>(scratch.documents.data()));
+    return;
+  }
+  if (!for_gradient || !sizes_.keep) pack_lane_pairs(rows, tile.padded, scratch.documents.data());
+  if (for_gradient) pack_row_pairs(rows, tile.padded, scratch.document_pairs.data());
+}
+
+// Sums of q . d, for which the positives' own columns and the padding are taken out at once.
+void GroupRun::raw_scores(const Tile& tile, Scratch& scratch, float* scores) const {
+  const int64_t block_lanes = kernels_.pairs ? LANES / 2 : LANES;
+  const int64_t steps = kernels_.pairs ? (problem_.width + 1) / 2 : problem_.width;  // of the summed axis
+  for (int64_t done = 0; done < steps; done += STEP_BLOCKS * block_lanes)
+    for (int64_t block = 0; block < row_blocks_; ++block)
+      kernels_.product_rows({tile.count, std::min(STEP_BLOCKS * block_lanes, steps - done),
+                             &scratch.documents[done * tile.padded], tile.padded * block_lanes,
+                             &transposed_[(block * steps + done) * LANES], scores + block * tile.padded * LANES,
+                             done > 0});
+  for (int64_t block = 0; block < row_blocks_ && tile.padded > tile.count; ++block)
+    std::fill_n(scores + (block * tile.padded + tile.count) * LANES, LANES, LOWEST);
+  for (int64_t i = 0; i < rows_; ++i) {
+    const int64_t column = place_[i] - tile.first;
+    if (column >= 0 && column < tile.count) scores[(i / LANES * tile.padded + column) * LANES + i % LANES] = LOWEST;
+  }
+}
+
+void GroupRun::finish(const Tile& tile, Scratch& scratch, float* scores, float* highest) const {
+  TileMask mask{};
+  float* log_weights = scratch.column_floats.data();
+  for (int64_t c = 0; c < tile.padded && (problem_.log_weights || !call_.ids.columns.empty()); ++c) {
+    const int64_t column = group_.columns.member(tile.first + std::min(c, tile.count - 1));
+    if (problem_.log_weights) log_weights[c] = problem_.log_weights[column];
+    if (!call_.ids.columns.empty()) scratch.column_ids[c] = call_.ids.columns[column];
+  }
+  if (problem_.log_weights) mask.log_weights = log_weights;
+  if (!call_.ids.columns.empty()) mask.column_ids = scratch.column_ids.data();
+  if (!call_.ids.positives.empty()) mask.positive_ids = positive_ids_.data();
+  if (!call_.ids.known.empty()) mask.known_ids = known_ids_.data(), mask.known = int(problem_.known);
+  if (problem_.has_margin) mask.limits = limits_.data();
+  kernels_.finish_scores(scores, row_blocks_, tile.padded, 1.0f / problem_.temperature, mask, highest);
+}
+
+void GroupRun::statistics_of_strip(int64_t strip, Scratch& scratch) {
+  float *best = &strip_highest_[strip * lanes_], *sums = &strip_sums_[strip * lanes_];
+  std::fill_n(best, lanes_, LOWEST);
+  std::fill_n(sums, lanes_, 0.0f);
+  for (int64_t number = strip_start(strip); number < strip_start(strip + 1); ++number) {
+    const Tile tile = tile_at(number);
+    float* scores = sizes_.keep ? &kept_[number * sizes_.tile_columns * lanes_] : scratch.scores.data();
+    float* highest = sizes_.keep ? &kept_highest_[number * lanes_] : scratch.factors.data();
+    pack_documents(tile, scratch, false);
+    raw_scores(tile, scratch, scores);
+    finish(tile, scratch, scores, highest);
+    if (call_.column_negatives) merge_columns(tile, scratch, scores);
+    kernels_.exponentials(scores, row_blocks_, tile.padded, highest, scratch.sums.data());
+    for (int64_t i = 0; i < lanes_; ++i) {
+      if (scratch.sums[i] == 0.0f) continue;
+      const float top = std::max(best[i], highest[i]);
+      sums[i] = (sums[i] == 0.0f ? 0.0f : sums[i] * std::exp(best[i] - top)) + scratch.sums[i] * std::exp(highest[i] - top);
+      best[i] = top;
+    }
+  }
+}
+
+// Column statistics of a tile into those of the group. The tile's padded rows count for nothing.
+void GroupRun::merge_columns(const Tile& tile, Scratch& scratch, const float* scores) {
+  float* padding = const_cast<float*>(scores) + (row_blocks_ - 1) * tile.padded * LANES;
+  for (int64_t c = 0; c < tile.padded; ++c)
+    for (int64_t lane = rows_ - (row_blocks_ - 1) * LANES; lane < LANES; ++lane) padding[c * LANES + lane] = LOWEST;
+  float *highest = scratch.column_floats.data() + tile.padded, *sums = highest + tile.padded;
+  kernels_.column_statistics(scores, row_blocks_, tile.padded, highest, sums);
+  for (int64_t c = 0; c < tile.count; ++c) {
+    if (sums[c] == 0.0f) continue;
+    float &best = column_highest_[tile.first + c], &sum = column_sums_[tile.first + c];
+    const float top = std::max(best, highest[c]);
+    sum = (sum == 0.0f ? 0.0f : sum * std::exp(best - top)) + sums[c] * std::exp(highest[c] - top);
+    best = top;
+  }
+}
+
+void GroupRun::merge_strips() {
+  for (int64_t i = 0; i < rows_; ++i) {
+    float top = LOWEST, sum = 0.0f;
+    for (int64_t strip = 0; strip < sizes_.strips; ++strip) top = std::max(top, strip_highest_[strip * lanes_ + i]);
+    for (int64_t strip = 0; strip < sizes_.strips; ++strip)
+      if (strip_sums_[strip * lanes_ + i] != 0.0f)
+        sum += strip_sums_[strip * lanes_ + i] * std::exp(strip_highest_[strip * lanes_ + i] - top);
+    const int64_t row = group_.rows.member(first_ + i);
+    const float negatives = sum == 0.0f ? LOWEST : top + std::log(sum);
+    if (call_.row_negatives) call_.row_negatives[row] = negatives;
+    if (!call_.losses) continue;
+    const float lead = negatives - call_.positive_scores[row];
+    const float loss = std::max(lead, 0.0f) + std::log1p(std::exp(-std::fabs(lead)));
+    const float factor = call_.row_weights[row] / problem_.temperature;
+    call_.losses[row] = std::isnan(lead) ? lead : loss;
+    totals_[i] = call_.positive_scores[row] + loss;
+    factors_[i] = factor;
+    positive_factors_[i] = std::expm1(-loss) * factor;
+  }
+}
+
+// Into scratch.scores: the share of each pair in the gradient, over the temperature.
+void GroupRun::shares_of(const Tile& tile, int64_t number, Scratch& scratch) const {
+  float* shares = scratch.scores.data();
+  if (sizes_.keep) {
+    const float* highest = &kept_highest_[number * lanes_];
+    for (int64_t i = 0; i < lanes_; ++i)
+      scratch.factors[i] = highest[i] == LOWEST || i >= rows_ ? 0.0f : factors_[i] * std::exp(highest[i] - totals_[i]);
+    kernels_.scale_rows(&kept_[number * sizes_.tile_columns * lanes_], shares, row_blocks_, tile.padded,
+                        scratch.factors.data());
+  } else {
+    raw_scores(tile, scratch, shares);
+    finish(tile, scratch, shares, scratch.sums.data());
+    float *totals = nullptr, *factors = nullptr;
+    if (call_.shares && call_.shares->column_totals) {
+      totals = scratch.column_floats.data() + tile.padded, factors = totals + tile.padded;
+      for (int64_t c = 0; c < tile.padded; ++c) {
+        const int64_t column = group_.columns.member(tile.first + std::min(c, tile.count - 1));
+        totals[c] = call_.shares->column_totals[column];
+        factors[c] = call_.shares->column_factors[column] / problem_.temperature;
+      }
+    }
+    kernels_.shares(shares, row_blocks_, tile.padded, totals_.data(), factors_.data(), totals, factors);
+  }
+  for (int64_t i = 0; i < rows_; ++i) {
+    const int64_t column = place_[i] - tile.first;
+    if (column >= 0 && column < tile.count)
+      shares[(i / LANES * tile.padded + column) * LANES + i % LANES] += positive_factors_[i];
+  }
+}
+
+void GroupRun::gradients_of_strip(int64_t strip, Scratch& scratch) {
+  for (int64_t number = strip_start(strip); number < strip_start(strip + 1); ++number) {
+    const Tile tile = tile_at(number);
+    pack_documents(tile, scratch, true);
+    shares_of(tile, number, scratch);
+    add_gradients(tile, strip, number == strip_start(strip), scratch);
+  }
+}
+
+void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch) {
+  const void *by_lane = scratch.scores.data(), *by_row = scratch.scores.data(), *documents = scratch.documents.data();
+  int64_t column_steps = tile.padded, row_steps = rows_, block_lanes = LANES;
+  if (kernels_.pairs) {
+    kernels_.lane_pairs(scratch.scores.data(), scratch.share_lanes.data(), row_blocks_ * tile.padded);
+    kernels_.row_pairs(scratch.scores.data(), scratch.share_rows.data(), row_blocks_ * tile.padded);
+    by_lane = scratch.share_lanes.data(), by_row = scratch.share_rows.data();
+    documents = scratch.document_pairs.data();
+    column_steps /= 2, row_steps = (rows_ + 1) / 2, block_lanes = LANES / 2;
+  }
+  const uint32_t *shares = static_cast<const uint32_t*>(by_row), *packed = static_cast<const uint32_t*>(documents);
+  float* parts = &query_parts_[strip * lanes_ * dims_ * LANES];
+  for (int64_t dim = 0; dim < dims_; ++dim) {
+    for (int64_t block = 0; block < row_blocks_; ++block)
+      kernels_.product_lanes({std::min<int64_t>(LANES, rows_ - block * LANES), column_steps,
+                              shares + block * column_steps * LANES, 0, packed + dim * column_steps * LANES,
+                              parts + (dim * lanes_ + block * LANES) * LANES, !first});
+    kernels_.product_rows({tile.count, row_steps, by_lane, tile.padded * block_lanes,
+                           &by_dimension_[dim * row_steps * LANES], scratch.gradient.data(), false});
+    const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
+    for (int64_t c = 0; c < tile.count; ++c)
+      kernels_.add_lanes(call_.document_gradient + group_.columns.member(tile.first + c) * problem_.width + dim * LANES,
+                         &scratch.gradient[c * LANES], width, first_ > 0);
+  }
+}
+
+// The strips' parts of the queries' gradients, added in the order of the strips.
+void GroupRun::end_panel() {
+  parallel_.run(row_blocks_, [&](int64_t block, int) {
+    for (int64_t i = block * LANES; i < std::min(rows_, (block + 1) * LANES); ++i)
+      for (int64_t dim = 0; dim < dims_; ++dim) {
+        float* target = call_.query_gradient + group_.rows.member(first_ + i) * problem_.width + dim * LANES;
+        const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
+        for (int64_t strip = 0; strip < sizes_.strips; ++strip)
+          kernels_.add_lanes(target, &query_parts_[((strip * dims_ + dim) * lanes_ + i) * LANES], width, strip > 0);
+      }
+  });
+}
+
+void GroupRun::end_columns() {
+  for (int64_t c = 0; c < group_.columns.count; ++c)
+    call_.column_negatives[group_.columns.member(c)] =
+        column_sums_[c] == 0.0f ? LOWEST : column_highest_[c] + std::log(column_sums_[c]);
+}
+
+}  // namespace
+
+Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
+  const int64_t columns = group.columns.count, rows = blocks_of(group.rows.count) * LANES;
+  const int64_t width = blocks_of(call.problem.width) * LANES;
+  int64_t tile = std::clamp<int64_t>((columns + MAX_STRIPS - 1) / MAX_STRIPS, 24, MAX_TILE_COLUMNS);
+  tile = (tile + 11) / 12 * 12;  // what the products hold at a time
+  const int64_t strips = std::min(MAX_STRIPS, (columns + tile - 1) / tile);
+  Sizes sizes{std::min(rows, MAX_PANEL_ROWS), tile, strips, call.losses != nullptr};
+  if (!sizes.keep) return sizes;
+  const int64_t bytes_a_row = 4 * (columns + tile + (strips + 2) * width);
+  const int64_t fitting = workspace / bytes_a_row / LANES * LANES;
+  sizes.panel_rows = std::min(sizes.panel_rows, std::max<int64_t>(fitting, LANES));
+  return sizes;
+}
+
+void run_group(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel) {
+  GroupRun(call, group, sizes, parallel).run();
+}
+
+}  // namespace tdro

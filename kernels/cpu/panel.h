@@ -1,0 +1,45 @@
+// One group's rows against its columns: a panel of rows at a time, the columns in strips of tiles.
+//
+// What is fixed by the shape alone: the panels, the tiles, the strips, and the order in which their parts are added. So
+// the bits of the results do not depend on the number of threads.
+#pragma once
+
+#include "buffer.h"
+#include "groups.h"
+#include "infonce.h"
+#include "pack.h"
+#include "tile.h"
+
+namespace tdro {
+
+// What one call of the library works on.
+struct Call {
+  const Problem& problem;
+  const TileKernels& kernels;
+  const Groups& groups;
+  const Ids& ids;
+  const float* positive_scores;  // [rows], scaled
+  // forward
+  float* row_negatives = nullptr;     // [rows]
+  float* column_negatives = nullptr;  // [columns] or null
+  // backward
+  const Shares* shares = nullptr;
+  float* query_gradient = nullptr;     // [rows, width]
+  float* document_gradient = nullptr;  // [columns, width]
+  // forward and backward in one
+  const float* row_weights = nullptr;  // [rows]
+  float* losses = nullptr;             // [rows]
+};
+
+struct Sizes {
+  int64_t panel_rows, tile_columns, strips;
+  bool keep;  // the panel's exponentials, so that the gradients need no second product of the scores
+};
+
+// Sizes for a group. keep only where a panel of them fits into `workspace` bytes.
+Sizes sizes_of(const Group& group, const Call& call, int64_t workspace);
+
+// Everything that a call asks of one group. Threads have been counted in `parallel`.
+void run_group(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel);
+
+}  // namespace tdro

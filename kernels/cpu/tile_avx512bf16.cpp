@@ -1,0 +1,86 @@
+// Tile work with products of bfloat16 pairs, summed in float32; everything else in 512-bit float32 registers.
+#define TDRO_VECTOR_BYTES 64
+#define TDRO_ROWS 12
+#include <immintrin.h>
+
+#include "tile_body.h"
+
+namespace tdro {
+namespace {
+
+inline __m512bh pairs_at(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+template <int ROWS, int A_ROW, int A_STEP>
+inline void pair_product_part(int64_t k, const uint32_t* a, int64_t a_block, const uint32_t* b, float* c, bool add) {
+  __m512 sums[ROWS][2];
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; ++row) {
+    sums[row][0] = add ? _mm512_loadu_ps(c + row * LANES) : _mm512_setzero_ps();
+    sums[row][1] = add ? _mm512_loadu_ps(c + row * LANES + 16) : _mm512_setzero_ps();
+  }
+  while (k > 0) {
+    const int64_t steps = A_STEP == 1 && k > LANES / 2 ? LANES / 2 : k;
+    const uint32_t* column = a;
+    for (int64_t step = 0; step < steps; ++step, column += A_STEP, b += LANES) {
+      const __m512bh right[2] = {pairs_at(b), pairs_at(b + 16)};
+#pragma GCC unroll 16
+      for (int row = 0; row < ROWS; ++row) {
+        const __m512bh left = (__m512bh)_mm512_set1_epi32(int(column[row * A_ROW]));
+        sums[row][0] = _mm512_dpbf16_ps(sums[row][0], left, right[0]);
+        sums[row][1] = _mm512_dpbf16_ps(sums[row][1], left, right[1]);
+      }
+    }
+    k -= steps;
+    a += a_block;
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; ++row) {
+    _mm512_storeu_ps(c + row * LANES, sums[row][0]);
+    _mm512_storeu_ps(c + row * LANES + 16, sums[row][1]);
+  }
+}
+
+template <int ROWS, int A_ROW, int A_STEP>
+inline int64_t pair_product_rows_of(const Product& p, int64_t row) {
+  const uint32_t* a = static_cast<const uint32_t*>(p.a) + row * A_ROW;
+  for (; row + ROWS <= p.m; row += ROWS, a += ROWS * A_ROW)
+    pair_product_part<ROWS, A_ROW, A_STEP>(p.k, a, p.a_block, static_cast<const uint32_t*>(p.b), p.c + row * LANES,
+                                           p.add);
+  return row;
+}
+
+template <int A_ROW, int A_STEP>
+void pair_product(const Product& p) {
+  int64_t row = pair_product_rows_of<12, A_ROW, A_STEP>(p, 0);
+  row = pair_product_rows_of<8, A_ROW, A_STEP>(p, row);
+  row = pair_product_rows_of<4, A_ROW, A_STEP>(p, row);
+  row = pair_product_rows_of<2, A_ROW, A_STEP>(p, row);
+  pair_product_rows_of<1, A_ROW, A_STEP>(p, row);
+}
+
+void lane_pairs(const float* in, uint32_t* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i, in += LANES, out += LANES / 2)
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + 16), _mm512_loadu_ps(in)));
+}
+
+void row_pairs(const float* in, uint32_t* out, int64_t count) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                              21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t i = 0; i + 1 < count; i += 2, in += 2 * LANES, out += LANES)
+    for (int half = 0; half < LANES; half += 16) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + LANES + half), _mm512_loadu_ps(in + half));
+      _mm512_storeu_si512(out + half, _mm512_permutexvar_epi16(interleave, (__m512i)both));
+    }
+}
+
+}  // namespace
+
+const TileKernels* kernels_avx512bf16() {
+  if (!kernels_avx512() || !__builtin_cpu_supports("avx512bf16")) return nullptr;
+  static const TileKernels kernels = {
+      "avx512+bf16", true, pair_product<16, 1>, pair_product<1, 32>, finish_scores, exponentials, column_statistics,
+      shares, scale_rows, add_lanes, dot, lane_pairs, row_pairs};
+  return &kernels;
+}
+
+}  // namespace tdro

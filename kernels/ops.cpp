@@ -1,0 +1,178 @@
+// The library's operators for torch, over torch's stable ABI: one build serves every torch since 2.10, with or without CUDA.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "cpu/infonce.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+tdro::Parallel torch_threads() {
+  const int threads = int(torch::stable::get_num_threads());
+  return {threads, [threads](int64_t tasks, const std::function<void(int64_t, int)>& body) {
+            if (threads == 1 || tasks <= 1) {
+              for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+              return;
+            }
+            const int64_t share = (tasks + threads - 1) / threads;  // neighbours stay on one thread
+            torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+              for (int64_t thread = first; thread < last; ++thread)
+                for (int64_t task = thread * share; task < std::min(tasks, (thread + 1) * share); ++task)
+                  body(task, int(thread));
+            });
+          }};
+}
+
+tdro::Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return tdro::Type::float32;
+    case ScalarType::BFloat16: return tdro::Type::bfloat16;
+    case ScalarType::Half: return tdro::Type::float16;
+    default: STD_TORCH_CHECK(false, "embeddings must be float32, bfloat16 or float16"); return tdro::Type::float32;
+  }
+}
+
+template <class Item>
+const Item* items(const MaybeTensor& tensor) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->is_contiguous(), "a mask of the loss is not contiguous; call .contiguous() on it");
+  return static_cast<const Item*>(tensor->data_ptr());
+}
+
+template <class Item>
+Item* items(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), "an input of the loss is not contiguous; call .contiguous() on it");
+  return static_cast<Item*>(tensor.data_ptr());
+}
+
+struct Masks {
+  const MaybeTensor &query_group, &document_group, &column_ids, &positive_ids, &known_ids;
+  const std::optional<double>& margin;
+  const MaybeTensor& log_weights;
+};
+
+tdro::Problem problem_of(const Tensor& queries, const Tensor& documents, const Tensor& positives,
+                         const Tensor& temperature, const Masks& masks) {
+  STD_TORCH_CHECK(queries.dim() == 2 && documents.dim() == 2 && queries.size(1) == documents.size(1),
+                  "queries and documents must be [rows, width] and [columns, width]");
+  tdro::Problem problem{};
+  problem.type = type_of(queries);
+  STD_TORCH_CHECK(documents.scalar_type() == queries.scalar_type(), "queries and documents must be of one type");
+  problem.rows = queries.size(0), problem.columns = documents.size(0), problem.width = queries.size(1);
+  problem.queries = items<void>(queries), problem.documents = items<void>(documents);
+  problem.positives = items<int64_t>(positives);
+  problem.temperature = *items<float>(temperature);
+  problem.query_group = items<int64_t>(masks.query_group), problem.document_group = items<int64_t>(masks.document_group);
+  problem.column_ids = items<int64_t>(masks.column_ids), problem.positive_ids = items<int64_t>(masks.positive_ids);
+  problem.known_ids = items<int64_t>(masks.known_ids), problem.known = masks.known_ids ? masks.known_ids->size(1) : 0;
+  problem.has_margin = masks.margin.has_value(), problem.margin = float(masks.margin.value_or(0.0));
+  problem.log_weights = items<float>(masks.log_weights);
+  return problem;
+}
+
+Tensor floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+// The scaled scores of the positives, all of which must be among the columns.
+Tensor own_positive_scores(const tdro::Problem& problem, const tdro::Parallel& parallel, const Tensor& queries) {
+  for (int64_t i = 0; i < problem.rows; ++i) {
+    const int64_t column = problem.positives[i];
+    STD_TORCH_CHECK(column >= 0 && column < problem.columns, "positives[", i, "] is ", column,
+                    "; it must be the number of a column, 0 to ", problem.columns - 1);
+  }
+  Tensor scores = floats(queries, {problem.rows});
+  tdro::positive_scores(problem, parallel, items<float>(scores));
+  return scores;
+}
+
+std::tuple<Tensor, Tensor, Tensor> infonce_forward(Tensor queries, Tensor documents, Tensor positives,
+                                                   MaybeTensor positive_scores, Tensor temperature,
+                                                   MaybeTensor query_group, MaybeTensor document_group,
+                                                   MaybeTensor column_ids, MaybeTensor positive_ids,
+                                                   MaybeTensor known_ids, std::optional<double> margin,
+                                                   MaybeTensor log_weights, bool symmetric) {
+  const tdro::Problem problem =
+      problem_of(queries, documents, positives, temperature,
+                 {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
+  const tdro::Parallel parallel = torch_threads();
+  Tensor scores = positive_scores ? torch::stable::clone(*positive_scores) : own_positive_scores(problem, parallel, queries);
+  Tensor rows = floats(queries, {problem.rows}), columns = floats(queries, {symmetric ? problem.columns : 0});
+  tdro::forward(problem, parallel, items<float>(scores), items<float>(rows),
+                symmetric ? items<float>(columns) : nullptr);
+  return {scores, rows, columns};
+}
+
+std::tuple<Tensor, Tensor> infonce_backward(Tensor queries, Tensor documents, Tensor positives, Tensor positive_scores,
+                                            Tensor temperature, MaybeTensor query_group, MaybeTensor document_group,
+                                            MaybeTensor column_ids, MaybeTensor positive_ids, MaybeTensor known_ids,
+                                            std::optional<double> margin, MaybeTensor log_weights, Tensor row_totals,
+                                            Tensor row_factors, Tensor positive_factors, MaybeTensor column_totals,
+                                            MaybeTensor column_factors) {
+  const tdro::Problem problem =
+      problem_of(queries, documents, positives, temperature,
+                 {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
+  const tdro::Shares shares{items<float>(positive_scores), items<float>(row_totals),  items<float>(row_factors),
+                            items<float>(positive_factors), items<float>(column_totals), items<float>(column_factors)};
+  Tensor for_queries = floats(queries, {problem.rows, problem.width});
+  Tensor for_documents = floats(documents, {problem.columns, problem.width});
+  tdro::backward(problem, torch_threads(), shares, items<float>(for_queries), items<float>(for_documents));
+  return {for_queries, for_documents};
+}
+
+std::tuple<Tensor, Tensor, Tensor> infonce_forward_backward(Tensor queries, Tensor documents, Tensor positives,
+                                                            Tensor row_weights, Tensor temperature,
+                                                            MaybeTensor query_group, MaybeTensor document_group,
+                                                            MaybeTensor column_ids, MaybeTensor positive_ids,
+                                                            MaybeTensor known_ids, std::optional<double> margin,
+                                                            MaybeTensor log_weights) {
+  const tdro::Problem problem =
+      problem_of(queries, documents, positives, temperature,
+                 {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
+  const tdro::Parallel parallel = torch_threads();
+  Tensor scores = own_positive_scores(problem, parallel, queries);
+  Tensor losses = floats(queries, {problem.rows});
+  Tensor for_queries = floats(queries, {problem.rows, problem.width});
+  Tensor for_documents = floats(documents, {problem.columns, problem.width});
+  tdro::forward_backward(problem, parallel, items<float>(scores), items<float>(row_weights), items<float>(losses),
+                         items<float>(for_queries), items<float>(for_documents));
+  return {losses, for_queries, for_documents};
+}
+
+std::string infonce_cpu_path() { return tdro::cpu_path(); }
+
+}  // namespace
+
+#define MASKS                                                                                    \
+  "Tensor? query_group, Tensor? document_group, Tensor? column_ids, Tensor? positive_ids, "      \
+  "Tensor? known_ids, float? margin, Tensor? log_weights"
+
+STABLE_TORCH_LIBRARY(tdro_hpc, library) {
+  library.def("infonce_forward(Tensor queries, Tensor documents, Tensor positives, Tensor? positive_scores, "
+              "Tensor temperature, " MASKS ", bool symmetric) -> (Tensor, Tensor, Tensor)");
+  library.def("infonce_backward(Tensor queries, Tensor documents, Tensor positives, Tensor positive_scores, "
+              "Tensor temperature, " MASKS ", Tensor row_totals, Tensor row_factors, Tensor positive_factors, "
+              "Tensor? column_totals, Tensor? column_factors) -> (Tensor, Tensor)");
+  library.def("infonce_forward_backward(Tensor queries, Tensor documents, Tensor positives, Tensor row_weights, "
+              "Tensor temperature, " MASKS ") -> (Tensor, Tensor, Tensor)");
+  library.def("infonce_cpu_path() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tdro_hpc, CPU, library) {
+  library.impl("infonce_forward", TORCH_BOX(&infonce_forward));
+  library.impl("infonce_backward", TORCH_BOX(&infonce_backward));
+  library.impl("infonce_forward_backward", TORCH_BOX(&infonce_forward_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tdro_hpc, CompositeExplicitAutograd, library) {
+  library.impl("infonce_cpu_path", TORCH_BOX(&infonce_cpu_path));
+}
