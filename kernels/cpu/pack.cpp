@@ -8,6 +8,8 @@
 namespace tdro {
 namespace {
 
+constexpr int64_t STEPS = 32;
+
 float from_bfloat16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float value;
@@ -43,8 +45,8 @@ const uint16_t* half_row(const Rows& rows, int64_t i) {
   return static_cast<const uint16_t*>(rows.data) + rows.row(i) * rows.width;
 }
 
-struct Room {  // of one converted row
-  explicit Room(const Rows& rows) : data(rows.type == Type::float32 ? nullptr : new float[rows.width]) {}
+struct Room {  // of converted rows
+  Room(const Rows& rows, int64_t count) : data(rows.type == Type::float32 ? nullptr : new float[count * rows.width]) {}
   ~Room() { delete[] data; }
   float* data;
 };
@@ -57,19 +59,21 @@ void read_row(const Rows& rows, int64_t i, float* out) {
 }
 
 void pack_transposed(const Rows& rows, float* out) {
-  Room room(rows);
+  Room room(rows, LANES);
   for (int64_t block = 0; block < blocks_of(rows.count); ++block, out += rows.width * LANES) {
     const int64_t filled = std::min<int64_t>(LANES, rows.count - block * LANES);
     if (filled < LANES) std::fill(out, out + rows.width * LANES, 0.0f);
-    for (int64_t lane = 0; lane < filled; ++lane) {
-      const float* row = wide_row(rows, block * LANES + lane, room.data);
-      for (int64_t k = 0; k < rows.width; ++k) out[k * LANES + lane] = row[k];
-    }
+    const float* lanes[LANES];
+    for (int64_t lane = 0; lane < filled; ++lane)
+      lanes[lane] = wide_row(rows, block * LANES + lane, room.data ? room.data + lane * rows.width : nullptr);
+    for (int64_t start = 0; start < rows.width; start += STEPS)  // so many lines at a time stay in the first cache
+      for (int64_t lane = 0; lane < filled; ++lane)
+        for (int64_t k = start; k < std::min(rows.width, start + STEPS); ++k) out[k * LANES + lane] = lanes[lane][k];
   }
 }
 
 void pack_lanes(const Rows& rows, float* out) {
-  Room room(rows);
+  Room room(rows, 1);
   const int64_t whole = rows.width / LANES, rest = rows.width % LANES;
   for (int64_t i = 0; i < rows.count; ++i) {
     const float* row = wide_row(rows, i, room.data);
@@ -88,11 +92,14 @@ void pack_transposed_pairs(const Rows& rows, uint32_t* out) {
   for (int64_t block = 0; block < blocks_of(rows.count); ++block, out += pairs * LANES) {
     const int64_t filled = std::min<int64_t>(LANES, rows.count - block * LANES);
     if (filled < LANES) std::fill(out, out + pairs * LANES, 0u);
-    for (int64_t lane = 0; lane < filled; ++lane) {
-      const uint16_t* row = half_row(rows, block * LANES + lane);
-      for (int64_t k = 0; k < rows.width / 2; ++k) std::memcpy(out + k * LANES + lane, row + 2 * k, 4);
-      if (rows.width % 2) out[(pairs - 1) * LANES + lane] = row[rows.width - 1];
-    }
+    for (int64_t start = 0; start < rows.width / 2; start += STEPS)
+      for (int64_t lane = 0; lane < filled; ++lane) {
+        const uint16_t* row = half_row(rows, block * LANES + lane);
+        for (int64_t k = start; k < std::min(rows.width / 2, start + STEPS); ++k)
+          std::memcpy(out + k * LANES + lane, row + 2 * k, 4);
+      }
+    for (int64_t lane = 0; lane < filled && rows.width % 2; ++lane)
+      out[(pairs - 1) * LANES + lane] = half_row(rows, block * LANES + lane)[rows.width - 1];
   }
 }
 

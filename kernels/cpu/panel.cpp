@@ -10,7 +10,8 @@ namespace {
 
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 constexpr int64_t STEP_BLOCKS = 6;  // of 32 dimensions a product of scores sums at a time: its operands stay in the first cache
-constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 96, MAX_STRIPS = 16;
+constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 96;
+constexpr int64_t MAX_STRIPS = 16, STRIP_COLUMNS = 384;
 
 // A thread's own room for one tile.
 struct Scratch {
@@ -379,10 +380,12 @@ void GroupRun::end_columns() {
 Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const int64_t columns = group.columns.count, rows = blocks_of(group.rows.count) * LANES;
   const int64_t width = blocks_of(call.problem.width) * LANES;
-  int64_t tile = std::clamp<int64_t>((columns + MAX_STRIPS - 1) / MAX_STRIPS, 24, MAX_TILE_COLUMNS);
-  tile = (tile + 11) / 12 * 12;  // what the products hold at a time
-  const int64_t strips = std::min(MAX_STRIPS, (columns + tile - 1) / tile);
-  Sizes sizes{std::min(rows, MAX_PANEL_ROWS), tile, strips, call.losses != nullptr};
+  // Every strip has its own sum of dQ: few columns a strip would cost more in sums than in products.
+  const int64_t strips = std::clamp<int64_t>(columns / STRIP_COLUMNS, columns > 24 ? 2 : 1, MAX_STRIPS);
+  const int64_t even = (columns + strips - 1) / strips;
+  const int64_t tile = std::min(MAX_TILE_COLUMNS, (even + 11) / 12 * 12);  // 12: what a product holds at a time
+  Sizes sizes{std::min(rows, MAX_PANEL_ROWS), tile, std::min(strips, (columns + tile - 1) / tile),
+              call.losses != nullptr};
   if (!sizes.keep) return sizes;
   const int64_t bytes_a_row = 4 * (columns + tile + (strips + 2) * width);
   const int64_t fitting = workspace / bytes_a_row / LANES * LANES;

@@ -66,10 +66,16 @@ struct TileKernels {
   void (*row_pairs)(const float* in, uint32_t* out, int64_t count);
 };
 
-// null where the processor, or the build, does not have the instructions.
 const TileKernels* kernels_generic();
+#ifdef TDRO_X86
+// null where the processor does not have the instructions.
 const TileKernels* kernels_avx2();
 const TileKernels* kernels_avx512();
 const TileKernels* kernels_avx512bf16();
+#else
+inline const TileKernels* kernels_avx2() { return nullptr; }
+inline const TileKernels* kernels_avx512() { return nullptr; }
+inline const TileKernels* kernels_avx512bf16() { return nullptr; }
+#endif
 
 }  // namespace tdro
