@@ -1,20 +1,25 @@
-"""Query and document embeddings in, one InfoNCE loss a row out, in tiles: the [rows, columns] scores never exist.
+"""Query and document embeddings in, one InfoNCE loss a row out: the [rows, columns] scores never exist.
 
-The positive is kept apart from the tiles. With x = logsumexp(negative scores) - positive score the loss is
-log(1 + e^x), which stays accurate when the positive wins by far and is exactly 0 for a row without negatives.
+Chooses between the compiled library (fused.py) and plain torch (torch_core.py), and tells autograd of both. With
+x = logsumexp(scores of the negatives) - score of the positive, the loss is log(1 + e^x): it stays accurate when the
+positive wins by far, and is exactly 0 for a row without negatives.
 """
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
 
-from tdro_hpc.losses.tiles import Index, RowBlock, group_blocks, whole_blocks
+from tdro_hpc.losses import fused, torch_core, torch_ops
+from tdro_hpc.losses.arguments import checked_arguments, checked_row_weights, refuse_positives_outside
+from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, add_rows
+
+IMPLEMENTATIONS = "auto", "fused", "torch"
 
 
 def grouped_infonce(
@@ -22,206 +27,267 @@ def grouped_infonce(
     documents: Tensor,
     positives: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     query_group: Tensor | None = None,
     document_group: Tensor | None = None,
     document_ids: Tensor | None = None,
     known_positive_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
     keep_duplicates: bool = False,
+    column_weights: Tensor | None = None,
+    symmetric: bool = False,
+    implementation: str = "auto",
 ) -> Tensor:
     """Loss of every row: -log of the share that its positive has in the softmax over its columns.
 
-    queries [rows, width]        documents [columns, width]   one float type, any; scores and sums are float32 or wider
+    queries [rows, width]        documents [columns, width]   any float types; scores and sums are float32 or wider
     positives                    [rows] int64: column of the positive, which always counts, even in another group
-    temperature                  divides the scores q . d; > 0
+    temperature                  divides the scores q . d; > 0; a number, or a tensor [], which may require its gradient
     query_group, document_group  [rows], [columns] int64: a column counts for a row of its group; None = all count
     document_ids                 [columns] int64: columns with the id of the row's positive are not negatives
     known_positive_ids           [rows, known] int64: columns with these ids are not negatives; -1 = none
     false_negative_margin        columns with q . d > positive's - margin are not negatives; None = off
     keep_duplicates              true = document_ids serve known_positive_ids only
-    returns                      [rows] float32 (float64 for float64 inputs), nats; differentiable once in both sides
-    raises                       ValueError for wrong shapes, types, devices, indices, or a temperature <= 0
+    column_weights               [columns] float, > 0: a negative counts that many times; not differentiated; None = 1
+    symmetric                    true = mean of this loss and that of the row's positive against all rows it is a
+                                 negative of
+    implementation               fused = the compiled library, torch = plain torch, auto = fused where it serves
+    returns                      [rows] float32 (float64 for float64 inputs), nats; differentiable once
+    raises                       ValueError for wrong shapes, types, devices, indices, a temperature <= 0, or
+                                 implementation="fused" without the library
     """
-    _check_embeddings(queries, documents, temperature, false_negative_margin)
-    _check_ids("positives", positives, (len(queries),), queries)
-    _check_ids("query_group", query_group, (len(queries),), queries)
-    _check_ids("document_group", document_group, (len(documents),), queries)
-    _check_ids("document_ids", document_ids, (len(documents),), queries)
-    _check_ids("known_positive_ids", known_positive_ids, (len(queries), None), queries)
-    _check_positives(positives, len(documents))
-    if (query_group is None) != (document_group is None):
-        raise ValueError("query_group and document_group go together: give both or none.")
-    if known_positive_ids is not None and document_ids is None:
-        raise ValueError("known_positive_ids are looked up in document_ids: give document_ids too.")
-    if query_group is None or document_group is None:
-        blocks = whole_blocks(len(queries), len(documents))
-    else:
-        blocks = group_blocks(query_group, document_group)
-    own_ids = document_ids
-    if own_ids is None or keep_duplicates:
-        own_ids = torch.arange(len(documents), device=documents.device)  # the positive's own column and no other
-    exclusions = _Exclusions(own_ids, own_ids[positives], document_ids, known_positive_ids, false_negative_margin)
-    return _TiledInfoNCE.apply(queries, documents, positives, float(temperature), blocks, exclusions)
+    try:
+        arguments = checked_arguments(
+            queries,
+            documents,
+            positives,
+            temperature,
+            query_group,
+            document_group,
+            document_ids,
+            known_positive_ids,
+            false_negative_margin,
+            keep_duplicates,
+            column_weights,
+            symmetric,
+        )
+        use_fused = _serves(implementation, arguments.queries.dtype, queries.device.type)
+        return _GroupedInfoNCE.apply(*arguments, symmetric, use_fused)
+    except (IndexError, RuntimeError):
+        refuse_positives_outside(positives, len(documents))
+        raise
 
 
-@dataclass(frozen=True)
-class _Exclusions:
-    """Which columns of a tile are not negatives of a row."""
+def weighted_infonce(
+    queries: Tensor,
+    documents: Tensor,
+    positives: Tensor,
+    *,
+    row_weights: Tensor,
+    temperature: float | Tensor,
+    query_group: Tensor | None = None,
+    document_group: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    known_positive_ids: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    keep_duplicates: bool = False,
+    column_weights: Tensor | None = None,
+    symmetric: bool = False,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """sum(row_weights * losses), and the losses of grouped_infonce: less work where the weights are known beforehand.
 
-    column_ids: Tensor  # int64 [columns]
-    positive_ids: Tensor  # int64 [rows]: a column with this id is the positive, or its double
-    document_ids: Tensor | None  # int64 [columns]
-    known_ids: Tensor | None  # int64 [rows, known], -1 = none
-    margin: float | None  # in units of q . d
+    The gradient is formed together with the loss, by three matrix products instead of four (not if symmetric).
+    row_weights  [rows] float, of any sign; may require its gradient
+    returns      [], differentiable once, and [rows], detached; types, errors and the other arguments are those of
+                 grouped_infonce
+    """
+    try:
+        arguments = checked_arguments(
+            queries,
+            documents,
+            positives,
+            temperature,
+            query_group,
+            document_group,
+            document_ids,
+            known_positive_ids,
+            false_negative_margin,
+            keep_duplicates,
+            column_weights,
+            symmetric,
+        )
+        weights = checked_row_weights(row_weights, arguments.queries)
+        use_fused = _serves(implementation, arguments.queries.dtype, queries.device.type)
+        differentiated = torch.is_grad_enabled() and any(side.requires_grad for side in arguments[:3])
+        if differentiated and not symmetric:
+            return _WeightedInfoNCE.apply(*arguments, weights, use_fused)
+        losses = _GroupedInfoNCE.apply(*arguments, symmetric, use_fused)
+        return (weights * losses).sum(), losses.detach()
+    except (IndexError, RuntimeError):
+        refuse_positives_outside(positives, len(documents))
+        raise
 
-    def apply(self, scores: Tensor, rows: Index, columns: Index, limits: Tensor | None) -> None:
-        """Put -inf over the scores [..., rows, columns] that do not count; limits [rows] = highest score that does."""
-        if limits is not None:
-            scores.masked_fill_(scores > limits[rows].unsqueeze(-1), -math.inf)
-        ids = self.column_ids[columns].unsqueeze(-2)
-        scores.masked_fill_(ids == self.positive_ids[rows].unsqueeze(-1), -math.inf)
-        if self.known_ids is None or self.document_ids is None:
-            return
-        ids = self.document_ids[columns].unsqueeze(-2)
-        for known in self.known_ids.unbind(1):
-            known_rows = known[rows].unsqueeze(-1)
-            scores.masked_fill_((ids == known_rows) & (known_rows != -1), -math.inf)
 
-
-class _TiledInfoNCE(torch.autograd.Function):
-    """Forward keeps one number a row; backward computes each tile of scores once more."""
+class _GroupedInfoNCE(torch.autograd.Function):
+    """Forward keeps one number a row, and one a column if symmetric; backward computes each score once more."""
 
     @staticmethod
     def forward(
         ctx: Any,
         queries: Tensor,
         documents: Tensor,
+        temperature: Tensor,
         positives: Tensor,
-        temperature: float,
-        blocks: list[RowBlock],
-        exclusions: _Exclusions,
+        query_group: Tensor | None,
+        document_group: Tensor | None,
+        column_ids: Tensor | None,
+        positive_ids: Tensor | None,
+        known_ids: Tensor | None,
+        log_weights: Tensor | None,
+        margin: float | None,
+        symmetric: bool,
+        use_fused: bool,
     ) -> Tensor:
-        with _exact_products(queries.device):
-            positive_scores = _positive_scores(queries, documents, positives, temperature)
-            limits = None if exclusions.margin is None else positive_scores - exclusions.margin / temperature
-            negatives = torch.full_like(positive_scores, -math.inf)  # logsumexp of the negative scores of each row
-            for block in blocks:
-                scaled = _wide(queries[block.rows]) / temperature
-                running = negatives[block.rows]
-                for columns in block.columns:
-                    scores = scaled @ _wide(documents[columns]).mT  # [..., rows, columns]
-                    exclusions.apply(scores, block.rows, columns, limits)
-                    running = torch.logaddexp(running, torch.logsumexp(scores, dim=-1))
-                negatives[block.rows] = running
-            losses = torch.logaddexp(negatives - positive_scores, torch.zeros_like(negatives))
-        ctx.save_for_backward(queries, documents, positives, positive_scores, losses)
-        ctx.temperature, ctx.blocks, ctx.exclusions, ctx.limits = temperature, blocks, exclusions, limits
-        return losses.clone()  # the caller may change the losses in place; the backward needs them as they were
+        masks = query_group, document_group, column_ids, positive_ids, known_ids
+        positive_scores, row_negatives, column_negatives = _core(use_fused).forward(
+            queries, documents, positives, None, temperature, *masks, margin, log_weights, symmetric
+        )
+        sums = positive_scores, row_negatives, column_negatives
+        ctx.save_for_backward(queries, documents, temperature, positives, *sums, *masks, log_weights)
+        ctx.options = margin, symmetric, use_fused
+        losses = softplus(row_negatives - positive_scores, threshold=SOFTPLUS_THRESHOLD)
+        if not symmetric:
+            return losses
+        excess = column_negatives.index_select(0, positives) - positive_scores
+        return (losses + softplus(excess, threshold=SOFTPLUS_THRESHOLD)) / 2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        queries, documents, positives, positive_scores, losses = ctx.saved_tensors
-        for_queries, for_documents = ctx.needs_input_grad[:2]
-        totals = positive_scores + losses  # logsumexp over positive and negatives
-        factors = upstream / ctx.temperature
-        query_gradient = torch.zeros_like(queries, dtype=totals.dtype) if for_queries else None
-        document_gradient = torch.zeros_like(documents, dtype=totals.dtype) if for_documents else None
-        with _exact_products(queries.device):
-            for block in ctx.blocks:
-                wide_queries = _wide(queries[block.rows])
-                scaled = wide_queries / ctx.temperature
-                block_gradient = torch.zeros_like(wide_queries) if for_queries else None
-                for columns in block.columns:
-                    wide_documents = _wide(documents[columns])
-                    shares = scaled @ wide_documents.mT
-                    ctx.exclusions.apply(shares, block.rows, columns, ctx.limits)
-                    shares.sub_(totals[block.rows].unsqueeze(-1)).exp_().mul_(factors[block.rows].unsqueeze(-1))
-                    if block_gradient is not None:
-                        block_gradient += shares @ wide_documents
-                    if document_gradient is not None:
-                        document_gradient[columns] += shares.mT @ wide_queries
-                if query_gradient is not None and block_gradient is not None:
-                    query_gradient[block.rows] = block_gradient
-            positive_factors = (torch.expm1(-losses) * factors).unsqueeze(-1)  # share of the positive - 1
-            if query_gradient is not None:
-                query_gradient += positive_factors * documents[positives]
-            if document_gradient is not None:
-                _add_rows(document_gradient, positives, positive_factors * queries)
-        # Only the caller holds the buffers from here on, so that autograd takes them over instead of copying them.
-        return (
-            None if query_gradient is None else query_gradient.to(queries.dtype),
-            None if document_gradient is None else document_gradient.to(documents.dtype),
-            *(None,) * 4,
+        queries, documents, temperature, positives, *sums, log_weights = ctx.saved_tensors
+        positive_scores, row_negatives, column_negatives, *masks = sums
+        margin, symmetric, use_fused = ctx.options
+        column_totals = column_factors = None
+        if symmetric:
+            upstream = upstream / 2
+        # Each share is that of all negatives in the softmax: what their gradients sum up to, and the positive's loses.
+        row_shares = torch.sigmoid(row_negatives - positive_scores) * upstream
+        positive_factors = -row_shares
+        if symmetric:
+            # A column's rows count in the losses of all rows whose positive it is.
+            excess = column_negatives.index_select(0, positives) - positive_scores
+            column_shares = torch.sigmoid(excess) * upstream
+            positive_factors = positive_factors - column_shares
+            column_factors = torch.zeros_like(column_negatives)
+            add_rows(column_factors, positives, column_shares)
+            column_totals = _finite(column_negatives)
+        problem = queries, documents, positives, positive_scores, temperature, *masks, margin, log_weights
+        shares = _finite(row_negatives), row_shares, positive_factors, column_totals, column_factors
+        gradients = list(_core(use_fused).backward(*problem, *shares))
+        return *_gradients(ctx, queries, documents, temperature, gradients), *(None,) * 10
+
+
+class _WeightedInfoNCE(torch.autograd.Function):
+    """Forward forms the gradients, backward hands them over."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        documents: Tensor,
+        temperature: Tensor,
+        positives: Tensor,
+        query_group: Tensor | None,
+        document_group: Tensor | None,
+        column_ids: Tensor | None,
+        positive_ids: Tensor | None,
+        known_ids: Tensor | None,
+        log_weights: Tensor | None,
+        margin: float | None,
+        row_weights: Tensor,
+        use_fused: bool,
+    ) -> tuple[Tensor, Tensor]:
+        masks = query_group, document_group, column_ids, positive_ids, known_ids
+        losses, *gradients = _core(use_fused).forward_backward(
+            queries, documents, positives, row_weights, temperature, *masks, margin, log_weights
         )
+        of_weights = losses.clone() if ctx.needs_input_grad[11] else None
+        ctx.save_for_backward(queries, documents, temperature, positives, row_weights, of_weights, *masks, log_weights)
+        ctx.options = margin, use_fused
+        # Not among the saved tensors: those are held until backward has returned, so its receiver would copy them.
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(losses)
+        return (row_weights * losses).sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        queries, documents, temperature, positives, row_weights, of_weights, *masks, log_weights = ctx.saved_tensors
+        margin, use_fused = ctx.options
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # the graph was kept, and the gradients of the first backward are the caller's
+            _, *gradients = _core(use_fused).forward_backward(
+                queries, documents, positives, row_weights, temperature, *masks, margin, log_weights
+            )
+        gradients = [gradient.mul_(upstream) for gradient in gradients]
+        weights_gradient = None if of_weights is None else upstream * of_weights
+        return *_gradients(ctx, queries, documents, temperature, gradients), *(None,) * 8, weights_gradient, None
 
 
-def _wide(embeddings: Tensor) -> Tensor:
-    """The embeddings as float32, or float64: at low temperatures a score of half precision is off by whole nats."""
-    return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+def _gradients(
+    ctx: Any, queries: Tensor, documents: Tensor, temperature: Tensor, gradients: list[Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What is asked of the gradients [of queries, of documents], each in its type, and that of the temperature.
+
+    Empties the list: whoever is given a gradient must find itself its only holder, or it makes a copy.
+    """
+    for_queries, for_documents, for_temperature = ctx.needs_input_grad[:3]
+    of_temperature = None
+    if for_temperature:  # a score is q . d / temperature: what a factor common to all queries would get
+        of_temperature = (-(queries * gradients[0]).sum() / temperature).to(temperature.device)
+    of_documents = _last(gradients, documents.dtype if for_documents else None)
+    of_queries = _last(gradients, queries.dtype if for_queries else None)
+    return of_queries, of_documents, of_temperature
 
 
-def _positive_scores(queries: Tensor, documents: Tensor, positives: Tensor, temperature: float) -> Tensor:
-    return (_wide(queries) / temperature * _wide(documents[positives])).sum(dim=-1)
+def _last(gradients: list[Tensor], dtype: torch.dtype | None) -> Tensor | None:
+    """The last of the list, which loses it, in a type; None for None."""
+    gradient = gradients.pop()
+    return None if dtype is None else gradient.to(dtype)
 
 
-def _add_rows(target: Tensor, index: Tensor, values: Tensor) -> None:
-    """target[index] += values with repeated indices, always summed in the same order."""
-    if target.is_cuda:  # index_add_ sums there in whatever order the threads arrive
-        target.index_put_((index,), values, accumulate=True)
-    else:
-        target.index_add_(0, index, values)
+def _finite(sums: Tensor) -> Tensor:
+    """The logsumexps, with the least number in place of those over nothing, so that a difference is never NaN."""
+    return sums.clamp(min=torch.finfo(sums.dtype).min)
 
 
-@contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
-    """Matrix products in the type of their operands: no autocast, no TF32."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+def _core(use_fused: bool) -> ModuleType:
+    if use_fused:
+        return fused
+    return torch_ops if torch.compiler.is_compiling() else torch_core
 
 
-def _check_embeddings(queries: Tensor, documents: Tensor, temperature: float, margin: float | None) -> None:
-    if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
-        raise ValueError(
-            f"queries are {list(queries.shape)} and documents {list(documents.shape)}; they must be [rows, width] and "
-            "[columns, width] with one width."
-        )
-    if queries.dtype != documents.dtype or not queries.dtype.is_floating_point:
-        raise ValueError(
-            f"queries are {queries.dtype} and documents {documents.dtype}; both must be of one float type. "
-            "Cast one of them, as in queries.to(documents.dtype)."
-        )
-    if queries.device != documents.device:
-        raise ValueError(f"queries are on {queries.device} and documents on {documents.device}; move one of them.")
-    if isinstance(temperature, Tensor) or not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}; it must be a number > 0 (usual: 0.002 to 0.05).")
-    if margin is not None and not math.isfinite(margin):
-        raise ValueError(f"false_negative_margin is {margin}; it must be a finite number, or None for no such mask.")
+@torch.compiler.assume_constant_result
+def _serves(implementation: str, dtype: torch.dtype, device_type: str) -> bool:
+    return _library_serves(implementation, dtype, device_type)
 
 
-def _check_ids(name: str, ids: Tensor | None, shape: tuple[int | None, ...], queries: Tensor) -> None:
-    if ids is None:
-        return
-    fits = ids.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, ids.shape, strict=True))
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {list(ids.shape)}; it must be [{wanted}].")
-    if ids.dtype != torch.int64:
-        raise ValueError(f"{name} is {ids.dtype}; it must be torch.int64. Use {name}.long().")
-    if ids.device != queries.device:
-        raise ValueError(f"{name} is on {ids.device} and the embeddings on {queries.device}; move one of them.")
+@cache
+def _library_serves(implementation: str, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether the compiled library computes this loss."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}.")
+    if implementation == "torch":
+        return False
+    obstacle = fused.obstacle(dtype, device_type)
+    if obstacle and implementation == "fused":
+        raise ValueError(f"implementation is 'fused', but {obstacle} Or use implementation='auto'.")
+    if obstacle and dtype in fused.DTYPES:
+        _warn_of_slow_loss(obstacle)
+    return not obstacle
 
 
-def _check_positives(positives: Tensor, num_documents: int) -> None:
-    outside = (positives < 0) | (positives >= num_documents)
-    if bool(outside.any()):
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"positives[{row}] is {int(positives[row])}; it must be the number of a column, 0 to {num_documents - 1}."
-        )
+@cache
+def _warn_of_slow_loss(obstacle: str) -> None:
+    warnings.warn(f"The loss runs in plain torch, slower: {obstacle}", stacklevel=5)

@@ -4,7 +4,7 @@ Large groups are cut into blocks of rows and columns; many small groups of one s
 columns of different groups never share a tile, so the work is the sum over groups of rows x columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 
 BLOCK_ROWS = 512  # a tile of float32 scores is 4 MiB at most: it stays in cache between its passes
 BLOCK_COLUMNS = 2048
+PANEL_SCORES = 2**22  # scores of a panel, 16 MiB of float32
+PANEL_ROWS = 32  # a panel of very many columns has as many rows all the same: fewer would only wait for memory
 
+RowsOf = Callable[[int], int]
 Index = slice | Tensor  # of rows or columns: a range, int64 [rows], or int64 [groups, rows of one group]
 
 
@@ -24,16 +27,32 @@ class RowBlock:
     columns: list[Index]
 
 
-def whole_blocks(num_rows: int, num_columns: int) -> list[RowBlock]:
+def block_rows(num_columns: int) -> int:
+    """Rows of a block whose tiles are made one after the other: as many as a tile has, whatever the columns."""
+    return BLOCK_ROWS
+
+
+def panel_rows(num_columns: int) -> int:
+    """Rows of a block all of whose tiles are kept together: the more columns, the fewer."""
+    return min(BLOCK_ROWS, max(PANEL_ROWS, PANEL_SCORES // max(1, num_columns)))
+
+
+def row_ranges(num_rows: int) -> list[slice]:
+    """All rows, a block at a time."""
+    return list(_ranges(0, num_rows, BLOCK_ROWS))
+
+
+def whole_blocks(num_rows: int, num_columns: int, rows_of: RowsOf = block_rows) -> list[RowBlock]:
     """Blocks that compare every row with every column."""
     columns: list[Index] = list(_ranges(0, num_columns, BLOCK_COLUMNS))
-    return [RowBlock(rows, columns) for rows in _ranges(0, num_rows, BLOCK_ROWS)]
+    return [RowBlock(rows, columns) for rows in _ranges(0, num_rows, rows_of(num_columns))]
 
 
-def group_blocks(query_group: Tensor, document_group: Tensor) -> list[RowBlock]:
+def group_blocks(query_group: Tensor, document_group: Tensor, rows_of: RowsOf = block_rows) -> list[RowBlock]:
     """Blocks that compare each row with the columns of its group; rows of a group without columns are in none.
 
     query_group     [rows] int64, in any order       document_group  [columns] int64, in any order
+    rows_of         columns of a group -> most rows of a block
     """
     device = query_group.device
     # The sizes of the groups decide the shapes of the tiles, so they are needed on the host: one copy a call.
@@ -44,7 +63,7 @@ def group_blocks(query_group: Tensor, document_group: Tensor) -> list[RowBlock]:
     for num_rows, num_columns, num_groups in shapes:
         row_spans = _Spans(row_order, rows_on_device, first_row, num_rows, num_groups)
         column_spans = _Spans(column_order, columns_on_device, first_column, num_columns, num_groups)
-        blocks += _blocks_of_one_shape(row_spans, column_spans)
+        blocks += _blocks_of_one_shape(row_spans, column_spans, rows_of(num_columns))
         first_row += num_rows * num_groups
         first_column += num_columns * num_groups
     return blocks
@@ -100,7 +119,7 @@ class _Spans:
         return found
 
 
-def _blocks_of_one_shape(rows: _Spans, columns: _Spans) -> Iterator[RowBlock]:
+def _blocks_of_one_shape(rows: _Spans, columns: _Spans, num_block_rows: int) -> Iterator[RowBlock]:
     tile_groups = min(
         BLOCK_ROWS * BLOCK_COLUMNS // (rows.size * columns.size),
         2 * BLOCK_COLUMNS // (rows.size + columns.size),  # bounds the embeddings that a batched tile copies
@@ -112,7 +131,7 @@ def _blocks_of_one_shape(rows: _Spans, columns: _Spans) -> Iterator[RowBlock]:
         return
     for group in range(rows.num_groups):
         column_pieces = columns.pieces(group, BLOCK_COLUMNS)
-        for row_piece in rows.pieces(group, BLOCK_ROWS):
+        for row_piece in rows.pieces(group, num_block_rows):
             yield RowBlock(row_piece, column_pieces)
 
 

@@ -22,6 +22,14 @@ def row_columns(row, scores, positive, query_group, document_group, document_ids
     return kept
 
 
+def log_odds(negatives, positive):
+    """log(1 + sum of e^(negative - positive)), for any size of them; 0 without negatives."""
+    if len(negatives) == 0:
+        return 0 * positive
+    against = torch.logsumexp(negatives - positive, dim=0)
+    return torch.logaddexp(against, torch.zeros_like(against))
+
+
 def slow_infonce(
     queries,
     documents,
@@ -34,18 +42,22 @@ def slow_infonce(
     known_positive_ids=None,
     false_negative_margin=None,
     keep_duplicates=False,
+    column_weights=None,
+    symmetric=False,
 ):
     """Per-row losses [rows] float64; the arguments are those of grouped_infonce."""
-    queries, documents = queries.double(), documents.double()
+    cosines = queries.double() @ documents.double().T
+    logits = cosines / temperature
+    weighted = logits if column_weights is None else logits + column_weights.double().log()
+    lists = [None if x is None else x.tolist() for x in (query_group, document_group, document_ids, known_positive_ids)]
+    options = *lists, false_negative_margin, keep_duplicates
+    scores, columns = cosines.tolist(), positives.tolist()
+    negatives = [row_columns(row, scores[row], column, *options) for row, column in enumerate(columns)]
     losses = []
-    for row, positive in enumerate(positives.tolist()):
-        scores = documents @ queries[row]
-        lists = [None if x is None else x.tolist() for x in (query_group, document_group, document_ids)]
-        known = None if known_positive_ids is None else known_positive_ids.tolist()
-        negatives = row_columns(row, scores.tolist(), positive, *lists, known, false_negative_margin, keep_duplicates)
-        if not negatives:
-            losses.append(0 * scores[positive])
-            continue
-        against = torch.logsumexp((scores[negatives] - scores[positive]) / temperature, dim=0)
-        losses.append(torch.logaddexp(against, torch.zeros_like(against)))  # log(1 + e^against), for any size of it
-    return torch.stack(losses) if losses else queries.sum() * torch.zeros(0, dtype=torch.float64)
+    for row, column in enumerate(columns):
+        loss = log_odds(weighted[row, negatives[row]], logits[row, column])
+        if symmetric:
+            others = [other for other in range(len(columns)) if column in negatives[other]]
+            loss = (loss + log_odds(logits[others, column], logits[row, column])) / 2
+        losses.append(loss)
+    return torch.stack(losses) if losses else logits.sum() * torch.zeros(0, dtype=torch.float64)

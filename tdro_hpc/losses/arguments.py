@@ -1,0 +1,186 @@
+"""What a caller of the loss gave, checked and in the types that the sums take. Computes no score."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HALF = torch.bfloat16, torch.float16
+
+
+class Arguments(NamedTuple):
+    """What both losses hand to autograd, in its order; all of it is contiguous."""
+
+    queries: Tensor  # [rows, width]
+    documents: Tensor  # [columns, width], of one float type with the queries
+    temperature: Tensor  # [], of the type of the sums
+    positives: Tensor  # int64 [rows]
+    query_group: Tensor | None  # int64 [rows]
+    document_group: Tensor | None  # int64 [columns]
+    column_ids: Tensor | None  # int64 [columns]
+    positive_ids: Tensor | None  # int64 [rows]: columns with this id are not negatives
+    known_ids: Tensor | None  # int64 [rows, known]: nor are those with one of these; -1 = none
+    log_weights: Tensor | None  # [columns], of the type of the sums
+    margin: float | None  # in units of q . d
+
+
+def checked_arguments(
+    queries: Tensor,
+    documents: Tensor,
+    positives: Tensor,
+    temperature: float | Tensor,
+    query_group: Tensor | None,
+    document_group: Tensor | None,
+    document_ids: Tensor | None,
+    known_positive_ids: Tensor | None,
+    false_negative_margin: float | None,
+    keep_duplicates: bool,
+    column_weights: Tensor | None,
+    symmetric: bool,
+) -> Arguments:
+    """The arguments of grouped_infonce in the types that the sums take.
+
+    raises  ValueError for wrong shapes, types, devices and values, and for arguments that do not go together;
+            IndexError for a positive that is no column, if it is looked up. No value on a GPU is looked at
+    """
+    queries, documents = _checked_embeddings(queries, documents)
+    rows, columns = len(queries), len(documents)
+    if (query_group is None) != (document_group is None):
+        raise ValueError("query_group and document_group go together: give both or none.")
+    if known_positive_ids is not None and document_ids is None:
+        raise ValueError("known_positive_ids are looked up in document_ids: give document_ids too.")
+    if symmetric and column_weights is not None:
+        raise ValueError("column_weights weigh columns, and symmetric asks for rows as well: give one of them.")
+    if false_negative_margin is not None and not math.isfinite(false_negative_margin):
+        raise ValueError(
+            f"false_negative_margin is {false_negative_margin}; it must be a finite number, or None for no such mask."
+        )
+    _check_ids("positives", positives, (rows,), queries)
+    positives = positives.contiguous()
+    document_ids = _checked_ids("document_ids", document_ids, (columns,), queries)
+    column_ids = None if keep_duplicates and known_positive_ids is None else document_ids
+    # index_select refuses numbers below 0, which would count from the end.
+    positive_ids = None if keep_duplicates or column_ids is None else column_ids.index_select(0, positives)
+    return Arguments(
+        queries,
+        documents,
+        _checked_temperature(temperature, queries),
+        positives,
+        _checked_ids("query_group", query_group, (rows,), queries),
+        _checked_ids("document_group", document_group, (columns,), queries),
+        column_ids,
+        positive_ids,
+        _checked_ids("known_positive_ids", known_positive_ids, (rows, None), queries),
+        _log_weights(column_weights, queries, columns),
+        false_negative_margin,
+    )
+
+
+def checked_row_weights(weights: Tensor, queries: Tensor) -> Tensor:
+    """The weights of the rows [rows] in the type of the sums; raises ValueError for a wrong shape, type or device."""
+    _check_shape("row_weights", weights, (len(queries),), queries)
+    if not weights.dtype.is_floating_point:
+        raise ValueError(f"row_weights are {weights.dtype}; they must be of a float type. Use row_weights.float().")
+    return weights.to(_dtype_of_sums(queries)).contiguous()
+
+
+def refuse_positives_outside(positives: Tensor, num_documents: int) -> None:
+    """Raise the ValueError that names the first positive which is not the number of a column, if there is one."""
+    outside = (positives < 0) | (positives >= num_documents)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"positives[{row}] is {int(positives[row])}; it must be the number of a column, 0 to {num_documents - 1}."
+        )
+
+
+def _checked_embeddings(queries: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
+        raise ValueError(
+            f"queries are {list(queries.shape)} and documents {list(documents.shape)}; they must be [rows, width] and "
+            "[columns, width] with one width."
+        )
+    if queries.device != documents.device:
+        raise ValueError(f"queries are on {queries.device} and documents on {documents.device}; move one of them.")
+    if queries.dtype != documents.dtype:
+        queries, documents = _of_one_type(queries, documents)
+    if not queries.dtype.is_floating_point:
+        raise ValueError(f"queries and documents are {queries.dtype}; both must be of one float type. Use .float().")
+    return queries.contiguous(), documents.contiguous()
+
+
+def _of_one_type(queries: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider type; autograd takes each gradient back to its own."""
+    if not {queries.dtype, documents.dtype} <= {torch.float32, *HALF}:
+        raise ValueError(
+            f"queries are {queries.dtype} and documents {documents.dtype}; both must be of one float type. "
+            "Cast one of them, as in queries.to(documents.dtype)."
+        )
+    common = torch.promote_types(queries.dtype, documents.dtype)
+    return queries.to(common), documents.to(common)
+
+
+def _checked_temperature(temperature: float | Tensor, queries: Tensor) -> Tensor:
+    """The temperature as a tensor []; on the host, or where the embeddings are."""
+    dtype = _dtype_of_sums(queries)
+    if not isinstance(temperature, Tensor):
+        _check_temperature(temperature)
+        return torch.full((), temperature, dtype=dtype)
+    if temperature.ndim != 0 or not temperature.dtype.is_floating_point:
+        raise ValueError(
+            f"temperature is {temperature.dtype} {list(temperature.shape)}; a tensor must be of a float type and of "
+            "shape [], as in torch.tensor(0.05)."
+        )
+    on_host = temperature.device.type == "cpu"
+    if not on_host and temperature.device != queries.device:
+        raise ValueError(f"temperature is on {temperature.device} and the embeddings on {queries.device}; move it.")
+    if on_host and not torch.compiler.is_compiling():
+        _check_temperature(float(temperature.detach()))
+    return temperature.to(dtype)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; it must be a number > 0 (usual: 0.002 to 0.05).")
+
+
+def _log_weights(weights: Tensor | None, queries: Tensor, columns: int) -> Tensor | None:
+    if weights is None:
+        return None
+    _check_shape("column_weights", weights, (columns,), queries)
+    if not weights.dtype.is_floating_point or weights.requires_grad:
+        raise ValueError(
+            f"column_weights are {weights.dtype}{' and require their gradient' if weights.requires_grad else ''}; they "
+            "must be of a float type and are not differentiated. Use column_weights.detach().float()."
+        )
+    on_host = weights.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and not bool((weights > 0).all()):
+        raise ValueError(f"column_weights go down to {float(weights.min())}; all must be > 0.")
+    return weights.to(_dtype_of_sums(queries)).log()
+
+
+def _checked_ids(name: str, ids: Tensor | None, shape: tuple[int | None, ...], queries: Tensor) -> Tensor | None:
+    if ids is None:
+        return None
+    _check_ids(name, ids, shape, queries)
+    return ids.contiguous()
+
+
+def _check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], queries: Tensor) -> None:
+    _check_shape(name, ids, shape, queries)
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name} is {ids.dtype}; it must be torch.int64. Use {name}.long().")
+
+
+def _check_shape(name: str, given: Tensor, shape: tuple[int | None, ...], queries: Tensor) -> None:
+    fits = given.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, given.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {list(given.shape)}; it must be [{wanted}].")
+    if given.device != queries.device:
+        raise ValueError(f"{name} is on {given.device} and the embeddings on {queries.device}; move one of them.")
+
+
+def _dtype_of_sums(queries: Tensor) -> torch.dtype:
+    return torch.float64 if queries.dtype == torch.float64 else torch.float32
