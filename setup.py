@@ -29,6 +29,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MACHINE = platform.machine()
@@ -192,17 +193,18 @@ def find_cuda() -> tuple[str, Path]:
     nvcc = next(filter(None, map(shutil.which, names)), None)
     if nvcc is None:
         raise Unbuildable(f"no nvcc (looked for {', '.join(names)}; CUDA_HOME names another toolkit)")
-    root = Path(nvcc).resolve().parents[1]
-    folders = [root / "lib64", root / f"targets/{MACHINE}-linux/lib", root / "lib", root / f"lib/{MACHINE}-linux-gnu"]
+    probe = _try_out("probe.cu", "#include <cuda_bf16.h>\n", [nvcc, *NVCC_FLAGS])
+    # nvcc knows where its libraries are, also where it is but a script that calls another one.
+    plan = subprocess.run([nvcc, "--dryrun", str(probe)], cwd=ROOT, capture_output=True, text=True)
+    folders = list(map(Path, re.findall(r'"-L([^"]+)"', plan.stderr)))
     cudart = next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
     if cudart is None:
-        raise Unbuildable(f"no libcudart_static.a under {root}")
-    _try_out("probe.cu", "#include <cuda_bf16.h>\n", [nvcc, *NVCC_FLAGS])
+        raise Unbuildable(f"{nvcc} has no libcudart_static.a (looked in {', '.join(map(str, folders))})")
     return nvcc, cudart
 
 
-def _try_out(name: str, text: str, compiler: list[str]) -> None:
-    """Compile next to nothing: what fails here is the compiler, not a source. raises Unbuildable"""
+def _try_out(name: str, text: str, compiler: list[str]) -> Path:
+    """Compile next to nothing and return its path: what fails is the compiler, not a source. raises Unbuildable"""
     source = OBJECTS / name
     if not (ROOT / source).is_file() or (ROOT / source).read_text() != text:
         (ROOT / source).parent.mkdir(parents=True, exist_ok=True)
@@ -213,13 +215,14 @@ def _try_out(name: str, text: str, compiler: list[str]) -> None:
             step.run()
         except Unbuildable:
             raise Unbuildable(f"{shlex.join(compiler)} does not work (its words are above)") from None
+    return source
 
 
 def compile_steps(tools: Toolchain) -> list[Step]:
     """One step for each source that counts on this machine."""
     defines = [TORCH_TARGET, *(["-DTDRO_X86"] if MACHINE == "x86_64" else []), *(["-DWITH_CUDA"] if tools.nvcc else [])]
     glue = [*tools.cxx, *CXX_FLAGS, *defines, "-Ikernels", "-isystem", str(tools.torch / "include")]
-    commands = {Path("kernels/ops.cpp"): glue}
+    commands = {path.relative_to(ROOT): glue for path in sorted(ROOT.glob("kernels/*.cpp"))}
     for path in sorted(ROOT.glob("kernels/cpu/*.cpp")):
         ending = next((ending for ending in X86_FLAGS if path.stem.endswith(ending)), None)
         if ending is None or MACHINE == "x86_64":
@@ -293,6 +296,17 @@ class BuildKernels(build_ext):
         say(f"{LIBRARY} is built " + ("with CUDA" if tools.nvcc else f"for CPUs only: {tools.no_cuda}"))
 
 
+class BuildPackage(build_py):
+    """`build_py`, with configs/ inside of the package, where it is looked for when there is no checkout."""
+
+    def run(self) -> None:
+        super().run()
+        for path in [] if self.editable_mode else sorted(ROOT.glob("configs/**/*.yaml")):
+            target = Path(self.build_lib, "tdro_hpc", path.relative_to(ROOT))
+            self.mkpath(str(target.parent))
+            self.copy_file(str(path), str(target))
+
+
 class PlatformWheel(bdist_wheel):
     """`bdist_wheel`, for any Python on this platform; for any platform where there is no library to put in."""
 
@@ -315,5 +329,5 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension(str(LIBRARY.with_suffix("")).replace("/", "."), sources=[])],
-        cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+        cmdclass={"build_py": BuildPackage, "build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
     )

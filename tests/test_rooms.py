@@ -28,10 +28,12 @@ ROOMS = [
     "stages",
     "run",
     "submit",
+    "info",
 ]
 LOGIN_NODE = ["atomic.py", "submit.py", "config", "launch", "data/tasks.py"]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-TESTS = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "benchmarks").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "benchmarks").rglob("*.py")) + [ROOT / "setup.py"]
+KERNELS = sorted(path for path in (ROOT / "kernels").rglob("*") if path.suffix in (".cpp", ".cu", ".h"))
 
 
 def name_of(path: Path) -> str:
@@ -88,6 +90,11 @@ def test_file_and_function_lengths(path: Path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = node.end_lineno - node.lineno + 1
             assert length <= 60, f"{name_of(path)}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=name_of)
+def test_kernel_is_no_longer_than_other_files(path: Path):
+    assert path.read_text(encoding="ascii").count("\n") <= 400
 
 
 def test_no_file_has_a_name_that_says_nothing():

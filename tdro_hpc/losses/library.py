@@ -13,6 +13,7 @@ import tdro_hpc
 
 PATH = Path(__file__).with_name("libtdro_kernels.so")
 OPERATORS = "infonce_forward", "infonce_backward", "infonce_forward_backward", "infonce_cpu_path"
+CUDA_OPERATOR = "tile_row_statistics"  # there when nvcc was
 _MACHINES = {3: "i386", 21: "ppc64le", 62: "x86_64", 183: "aarch64", 243: "riscv64"}  # e_machine of ELF
 _ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 
@@ -41,7 +42,7 @@ def load_from(path: Path) -> Library:
         problem = f"{path} cannot be read: {error.strerror}"
     if problem:
         return Library(None, reason=f"{problem}. {_what_to_type()}.")
-    return Library(path, cpu=_has_kernel("infonce_forward", "CPU"), cuda=_has_cuda_kernels())
+    return Library(path, cpu=True, cuda=hasattr(torch.ops.tdro_hpc, CUDA_OPERATOR))
 
 
 def _problem_of_file(path: Path) -> str:
@@ -79,15 +80,6 @@ def _in_words(path: Path, said: str) -> str:
     if version := re.search(r"version `([\w.]+)' not found", said):
         return f"{path} is built on a newer system: this one has no {version[1]}"
     return f"{path} does not load: {said.removeprefix(f'{path}: ')}"
-
-
-def _has_kernel(name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"tdro_hpc::{name}", key)
-
-
-def _has_cuda_kernels() -> bool:
-    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tdro_hpc::"))
-    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names)
 
 
 def _what_to_type() -> str:

@@ -1,0 +1,316 @@
+"""setup.py: what is compiled and when, what a wheel holds, and what is said where the library cannot be built.
+
+Most tests build a library of three tiny sources in a copy of this checkout; those at the end build the real kernels.
+"""
+
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = "tdro_hpc/losses/libtdro_kernels.so"
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+NVCC = next(filter(None, map(shutil.which, ["nvcc", *map(str, Path("/usr/local").glob("cuda*/bin/nvcc"))])), None)
+IS_X86 = platform.machine() == "x86_64"
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (make test installs one, as root)")
+needs_nvcc = pytest.mark.skipif(NVCC is None or COMPILER is None, reason="no nvcc here")
+TINY = {
+    "ops.cpp": """
+        #include <torch/csrc/stable/library.h>
+        #include <torch/csrc/stable/ops.h>
+        #include "cpu/answer.h"
+        std::string path() { return answer(); }
+        STABLE_TORCH_LIBRARY(tdro_hpc, m) { m.def("infonce_cpu_path() -> str"); }
+        STABLE_TORCH_LIBRARY_IMPL(tdro_hpc, CompositeExplicitAutograd, m) {
+          m.impl("infonce_cpu_path", TORCH_BOX(&path));
+        }
+        """,
+    "cpu/answer.h": "const char* answer();\n",
+    "cpu/answer.cpp": '#include "cpu/answer.h"\nconst char* answer() { return "tiny"; }\n',
+    "cpu/wide_avx512bf16.cpp": """
+        #if !defined(__AVX512BF16__) || !defined(__AVX512VL__) || !defined(TDRO_X86)
+        #error wrong options
+        #endif
+        """,
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """This checkout, with tiny kernels."""
+    root = copy_checkout(tmp_path / "project")
+    for name, text in TINY.items():
+        path = root / "kernels" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def copy_checkout(root: Path) -> Path:
+    """What a wheel is made of, without kernels and without what was built."""
+    root.mkdir()
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "Makefile"):
+        shutil.copy(ROOT / name, root)
+    for name in ("tdro_hpc", "configs"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.so*"))
+    shutil.copy(ROOT / "constraints.txt", root)
+    return root
+
+
+def setup(root: Path, *words: str, code: int = 0, **variables: str) -> str:
+    """What `python setup.py words` says."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "NVCC", "CUDA_HOME")}
+    command = [sys.executable, "setup.py", "-q", *words]
+    done = subprocess.run(command, cwd=root, env=environment | variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def compiled(said: str) -> set[str]:
+    """Sources that were compiled, and the library if it was linked; not what only tries a compiler."""
+    files = {line.split()[1] for line in said.splitlines() if line.startswith(("c++ ", "g++ ", "nvcc "))}
+    return {Path(file).name for file in files if "probe" not in file}
+
+
+def wheel_of(root: Path, **variables: str) -> tuple[str, dict[str, bytes], str]:
+    """Tags and files of the wheel that is built, and what was said."""
+    shutil.rmtree(root / "dist", ignore_errors=True)
+    said = setup(root, "bdist_wheel", **variables)
+    (path,) = (root / "dist").iterdir()
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    return path.name.removesuffix(".whl").split("-", 2)[2], files, said
+
+
+def answer_of(library: Path) -> str:
+    code = f"import torch; torch.ops.load_library('{library}'); print(torch.ops.tdro_hpc.infonce_cpu_path())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    time.sleep(0.01)  # file times are as coarse as the system's clock
+    path.write_text(path.read_text().replace(old, new))
+
+
+@needs_compiler
+def test_only_what_is_out_of_date_is_compiled(project: Path):
+    sources = {"ops.cpp", "answer.cpp", *(["wide_avx512bf16.cpp"] if IS_X86 else [])}
+    linked = {"libtdro_kernels.so"}
+    assert compiled(setup(project, "build_ext", "--inplace")) == sources | linked
+    assert answer_of(project / LIBRARY) == "tiny"
+    assert compiled(setup(project, "build_ext", "--inplace")) == set()
+    edit(project / "kernels/cpu/answer.cpp", "tiny", "small")
+    assert compiled(setup(project, "build_ext", "--inplace")) == {"answer.cpp"} | linked
+    assert answer_of(project / LIBRARY) == "small"
+    edit(project / "kernels/cpu/answer.h", "answer();", "answer();  // in words")
+    assert compiled(setup(project, "build_ext", "--inplace")) == {"ops.cpp", "answer.cpp"} | linked
+    (project / "kernels/cpu/wide_avx512bf16.cpp").unlink()
+    assert compiled(setup(project, "build_ext", "--inplace")) == (linked if IS_X86 else set())
+    edit(project / "setup.py", '"-O3", "-fPIC"', '"-O2", "-fPIC"')
+    assert compiled(setup(project, "build_ext", "--inplace")) == {"ops.cpp", "answer.cpp"} | linked
+
+
+@needs_compiler
+def test_a_library_in_use_is_not_written_into(project: Path):
+    setup(project, "build_ext", "--inplace")
+    with (project / LIBRARY).open("rb") as loaded:
+        before = loaded.read()
+        edit(project / "kernels/cpu/answer.cpp", "tiny", "another")
+        setup(project, "build_ext", "--inplace")
+        loaded.seek(0)
+        assert loaded.read() == before != (project / LIBRARY).read_bytes()
+    assert sorted(path.name for path in (project / LIBRARY).parent.glob("libtdro*")) == ["libtdro_kernels.so"]
+
+
+def pretended_compiler(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "c++"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@needs_compiler
+def test_a_source_that_is_edited_while_it_is_compiled_is_compiled_again(project: Path, tmp_path: Path):
+    source = project / "kernels/cpu/answer.cpp"
+    slow = f'{COMPILER} "$@" || exit 1; case "$*" in *answer.cpp*) sleep 0.1; sed -i s/tiny/edited/ {source};; esac'
+    cxx = pretended_compiler(tmp_path, slow)
+    setup(project, "build_ext", "--inplace", CXX=cxx)
+    assert answer_of(project / LIBRARY) == "tiny"
+    assert "answer.cpp" in compiled(setup(project, "build_ext", "--inplace", CXX=cxx))
+    assert answer_of(project / LIBRARY) == "edited"
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_leaves_the_library_out_and_fails_where_it_is_required(project: Path):
+    with (project / "kernels/cpu/answer.cpp").open("a") as file:
+        file.write("no C++\n")
+    tags, files, said = wheel_of(project)
+    assert tags == "py3-none-any" and LIBRARY not in files
+    assert "kernels/cpu/answer.cpp:3:1: error:" in said and "Losses are computed in torch" in said
+    said = setup(project, "build_ext", "--inplace", "--required", code=1)
+    assert f"{LIBRARY} cannot be built: it failed: " in said and not (project / LIBRARY).exists()
+
+
+@needs_compiler
+def test_a_wheel_serves_every_python_of_its_platform(project: Path):
+    setup(project, "build_ext", "--inplace")  # what lies in the checkout is not what the wheel takes
+    edit(project / "kernels/cpu/answer.cpp", "tiny", "wheel")
+    tags, files, _ = wheel_of(project)
+    assert tags == f"py3-none-linux_{platform.machine()}"
+    assert f"Tag: {tags}\n".encode() in files["tdro_hpc-0.1.0.dist-info/WHEEL"]
+    assert b"Root-Is-Purelib: false" in files["tdro_hpc-0.1.0.dist-info/WHEEL"]
+    (project / "installed.so").write_bytes(files[LIBRARY])
+    assert answer_of(project / "installed.so") == "wheel" and "tdro_hpc/configs/run.yaml" in files
+    assert not [name for name in files if "kernels/" in name or name.endswith((".cpp", ".h", ".cu"))]
+
+
+def test_without_a_compiler_one_line_says_so_and_the_wheel_is_for_any_platform(project: Path, tmp_path: Path):
+    (project / LIBRARY).write_bytes(b"of another time")
+    tags, files, said = wheel_of(project, PATH=str(tmp_path))
+    line = "tdro_hpc without libtdro_kernels.so: no C++ compiler (looked for c++, g++, clang++; CXX names another)."
+    assert said.count(line) == 1 and tags == "py3-none-any" and LIBRARY not in files
+    assert b"Root-Is-Purelib: true" in files["tdro_hpc-0.1.0.dist-info/WHEEL"]
+    setup(project, "build_ext", "--inplace", PATH=str(tmp_path))
+    assert "no C++ compiler" in setup(project, "build_ext", "--inplace", "--required", code=1, PATH=str(tmp_path))
+
+
+@needs_compiler
+def test_a_wheel_without_a_compiler_has_no_library_of_an_earlier_wheel(project: Path, tmp_path: Path):
+    assert LIBRARY in wheel_of(project)[1]
+    tags, files, _ = wheel_of(project, PATH=str(tmp_path))
+    assert tags == "py3-none-any" and LIBRARY not in files
+
+
+@needs_compiler
+def test_a_compiler_that_is_too_old_is_told_from_a_source_that_is_wrong(project: Path, tmp_path: Path):
+    old = pretended_compiler(tmp_path, 'echo "unrecognized option -std=c++20" >&2; exit 1')
+    said = setup(project, "build_ext", "--inplace", CXX=old)
+    assert "unrecognized option -std=c++20" in said and f"{old} -O3" in said and "does not work" in said
+    assert compiled(said) == set() and not (project / LIBRARY).exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [("2.9.1+cpu", "is torch 2.9.1+cpu, and 2.10 or newer is needed"), ("2.10.0", "has no include/torch/csrc/stable")],
+)
+def test_a_torch_that_does_not_do_is_named(project: Path, tmp_path: Path, version: str, words: str):
+    (tmp_path / "site/torch").mkdir(parents=True)
+    (tmp_path / "site/torch/__init__.py").touch()
+    (tmp_path / "site/torch/version.py").write_text(f"__version__ = '{version}'\n")
+    assert words in setup(project, "build_ext", "--inplace", PYTHONPATH=str(tmp_path / "site"))
+
+
+@needs_compiler
+def test_headers_of_torch_are_found_where_pip_hides_torch(project: Path, tmp_path: Path):
+    """pip builds in isolation: sys.path is without the environment, but for what the build itself needs."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import site, sys\nhidden = set(site.getsitepackages())\n"
+        "sys.path[:] = [place for place in sys.path if place not in hidden]\n"
+    )
+    places = Path(setuptools.__file__).parents[1]
+    for path in [*places.glob("setuptools*"), places / "_distutils_hack"]:
+        (site / path.name).symlink_to(path)
+    variables = {"PYTHONPATH": str(site)}
+    hides = subprocess.run([sys.executable, "-c", "import torch"], env=os.environ | variables, capture_output=True)
+    assert b"No module named 'torch'" in hides.stderr
+    assert LIBRARY in wheel_of(project, **variables)[1]
+
+
+@needs_compiler
+def test_a_source_distribution_builds_the_library(project: Path, tmp_path: Path):
+    setup(project, "sdist")
+    (path,) = (project / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(path, tmp_path / "unpacked")
+    (root,) = (tmp_path / "unpacked").iterdir()
+    assert {name for name in TINY if (root / "kernels" / name).is_file()} == set(TINY)
+    assert not (root / LIBRARY).exists()
+    assert LIBRARY in wheel_of(root)[1]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """This checkout, built from scratch, and what the compilers said."""
+    root = copy_checkout(tmp_path_factory.mktemp("real") / "checkout")
+    shutil.copytree(ROOT / "kernels", root / "kernels")
+    return root, setup(root, "build_ext", "--inplace", "--required")
+
+
+@needs_compiler
+def test_compilers_have_nothing_to_say_about_the_kernels(real: tuple[Path, str]):
+    lines = [line for line in real[1].splitlines() if not line.startswith(("c++ ", "nvcc "))]
+    assert len(lines) == 1 and lines[0].startswith(f"{LIBRARY} is built "), real[1]
+
+
+@needs_compiler
+def test_the_kernels_compute_the_loss(real: tuple[Path, str]):
+    command = [sys.executable, "-m", "tdro_hpc.info"]
+    done = subprocess.run(command, cwd=real[0], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(real[0] / LIBRARY) in done.stdout and "self-check" in done.stdout
+
+
+def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
+    """(kind, name) of the symbols that a file defines."""
+    said = subprocess.run(
+        ["nm", "--defined-only", "-P", *options, str(path)], capture_output=True, text=True, check=True
+    )
+    return [(line.split()[1], line.split()[0]) for line in said.stdout.splitlines()]
+
+
+@needs_compiler
+@pytest.mark.skipif(not IS_X86, reason="these files are for x86-64")
+def test_code_for_newer_processors_is_not_shared_with_other_files(real: tuple[Path, str]):
+    """The linker keeps one copy of an inline function: that of such a file would stop an older processor."""
+    objects = [path for path in (real[0] / "build").rglob("kernels/cpu/*.o") if "_avx" in path.name]
+    assert len(objects) >= 2
+    shared = {path.name: [name for kind, name in symbols(path) if kind in "WVu"] for path in objects}
+    assert shared == {path.name: [] for path in objects}
+
+
+@needs_compiler
+def test_the_library_keeps_its_symbols_to_itself(real: tuple[Path, str]):
+    """torch brings its own cudart, and other extensions theirs."""
+    exported = [name for kind, name in symbols(real[0] / LIBRARY, "-D") if kind == "T"]
+    assert exported == []
+
+
+def machine_codes(library: bytes) -> list[set[tuple[str, int]]]:
+    """Kind and compute capability of what each block of GPU code in a library holds."""
+    found = []
+    for block in re.finditer(rb"\x50\xed\x55\xba\x01\0\x10\0(.{8})", library, flags=re.DOTALL):
+        at, end = block.end(), block.end() + struct.unpack("<Q", block[1])[0]
+        found.append(set())
+        while at < end:
+            kind, _, header_bytes, content_bytes = struct.unpack_from("<HHIQ", library, at)
+            found[-1].add(({1: "PTX", 2: "machine code"}[kind], *struct.unpack_from("<I", library, at + 28)))
+            at += header_bytes + content_bytes
+    return found
+
+
+@needs_nvcc
+def test_gpu_code_is_there_for_a100_for_h100_and_to_compile_for_newer_gpus(real: tuple[Path, str]):
+    codes = machine_codes((real[0] / LIBRARY).read_bytes())
+    wanted = {("machine code", 80), ("machine code", 90), ("PTX", 90)}
+    assert codes == [wanted] * len(list((ROOT / "kernels/cuda").glob("*.cu")))
+
+
+@needs_compiler
+def test_without_nvcc_the_library_is_for_cpus(project: Path, tmp_path: Path):
+    (project / "kernels/cuda").mkdir()
+    (project / "kernels/cuda/tile.cu").write_text("no CUDA\n")
+    said = setup(project, "build_ext", "--inplace", NVCC=str(tmp_path / "nvcc"))
+    assert f"{LIBRARY} is built for CPUs only: no nvcc (looked for {tmp_path}/nvcc; CUDA_HOME names another" in said
+    assert answer_of(project / LIBRARY) == "tiny"
