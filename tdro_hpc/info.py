@@ -72,7 +72,8 @@ def machine_lines() -> Iterator[tuple[str, str]]:
 
 
 def _outdated(library: Path) -> str:
-    sources = [path for path in (Path(tdro_hpc.__file__).parents[1] / "kernels").rglob("*") if path.is_file()]
+    files = (Path(tdro_hpc.__file__).parents[1] / "kernels").rglob("*")
+    sources = [path for path in files if path.suffix in (".cpp", ".cu", ".h")]
     newer = [path.name for path in sources if path.stat().st_mtime > library.stat().st_mtime]
     return f", older than {newer[0]}: type `make build`" if newer else ""
 

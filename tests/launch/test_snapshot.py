@@ -13,6 +13,7 @@ from tdro_hpc.launch.record import code_version
 from tdro_hpc.launch.snapshot import code_root, code_version_of, copy_code, snapshot_folder, take_snapshot
 
 ROOT = Path(tdro_hpc.__file__).parents[1]
+LIBRARY = "tdro_hpc/losses/libtdro_kernels.so"
 
 
 def git(folder: Path, *words: str) -> str:
@@ -215,6 +216,15 @@ def test_a_job_imports_the_snapshot_and_not_what_is_installed_or_lies_in_the_wor
     # The test can fail: without the snapshot the working directory is what is found.
     said = imported_by("-c", "import tdro_hpc.loss.infonce as i; print(i.MARGIN)", cwd=checkout)
     assert said == "edited"
+
+
+@pytest.mark.skipif(not (ROOT / LIBRARY).exists(), reason="the library is not built (make build)")
+def test_a_job_computes_the_loss_with_the_library_of_its_snapshot(taken):
+    """Also where the checkout that it was submitted from is built anew, or cleaned, meanwhile."""
+    assert (taken / LIBRARY).read_bytes() == (ROOT / LIBRARY).read_bytes()
+    assert files_of(taken / "kernels") >= {"ops.cpp", "README.md"}
+    said = imported_by(str(taken / "job.py"), "-m", "tdro_hpc.info", cwd=ROOT)
+    assert f"compiled loss  {taken / LIBRARY}\n" in said and "loss on cpu: compiled" in said
 
 
 def test_what_a_job_starts_finds_the_snapshot_too(checkout, tmp_path):
