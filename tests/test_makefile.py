@@ -1,5 +1,6 @@
 """The Makefile's environment, with a Python that only pretends to make one."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,23 +12,75 @@ PRETENDED = """#!/bin/sh
 [ "$1 $2" = "-m venv" ] || exit 0
 mkdir -p "$3/bin"
 printf '#!/bin/sh\\necho "$@" >> installs.txt\\n' > "$3/bin/pip"
-chmod +x "$3/bin/pip"
+printf '#!/bin/sh\\necho "$@" >> runs.txt\\n' > "$3/bin/python"
+chmod +x "$3/bin/pip" "$3/bin/python"
 """
+TOOLS = "c++", "chromium", "shellcheck"
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_an_interrupted_environment_is_made_whole_and_made_once(tmp_path: Path):
-    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What make needs, a Python that pretends, and a folder of commands without any."""
+    for name in ("Makefile", "setup.py", "setup.cfg", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "python").write_text(PRETENDED)
-    (tmp_path / "python").chmod(0o755)
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/python").touch()  # python -m venv was stopped before it came to pip
-    command = ["make", ".venv/installed", "PYTHON=./python"]
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert first.returncode == 0, first.stdout + first.stderr
-    installs = (tmp_path / "installs.txt").read_text()
+    script(tmp_path / "python", PRETENDED)
+    (tmp_path / "commands").mkdir()
+    return tmp_path
+
+
+def script(path: Path, text: str) -> None:
+    path.write_text(text if text.startswith("#!") else f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def make(root: Path, *words: str, **variables: str) -> str:
+    """What make says."""
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | variables
+    command = [str(shutil.which("make")), *words, "PYTHON=./python"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_an_interrupted_environment_is_made_whole_and_made_once(checkout: Path):
+    (checkout / ".venv/bin").mkdir(parents=True)
+    (checkout / ".venv/bin/python").touch()  # python -m venv was stopped before it came to pip
+    make(checkout, ".venv/installed")
+    installs = (checkout / "installs.txt").read_text()
     assert "torch==" in installs and "-c constraints.txt" in installs
-    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert second.returncode == 0 and "up to date" in second.stdout
-    assert (tmp_path / "installs.txt").read_text() == installs
+    assert "up to date" in make(checkout, ".venv/installed")
+    assert (checkout / "installs.txt").read_text() == installs
+
+
+def test_the_library_is_built_before_the_tests_and_the_demo_and_required_by_make_build(checkout: Path):
+    build = "setup.py -q build_ext --inplace"
+    make(checkout, "-o", "tools", "test")
+    assert (checkout / "runs.txt").read_text().splitlines() == [build, "-m pytest tests"]
+    (checkout / "runs.txt").unlink()
+    make(checkout, "demo")
+    assert (checkout / "runs.txt").read_text().splitlines()[0] == build
+    (checkout / "runs.txt").unlink()
+    make(checkout, "build")
+    assert (checkout / "runs.txt").read_text().splitlines() == [f"{build} --required"]
+
+
+@pytest.mark.parametrize(("missing", "package"), zip(TOOLS, ("g++", "chromium", "shellcheck"), strict=True))
+def test_a_missing_tool_of_the_tests_is_installed_as_root(checkout: Path, missing: str, package: str):
+    for name in {*TOOLS} - {missing}:
+        script(checkout / "commands" / name, "")
+    script(checkout / "commands/id", "echo 0")
+    script(checkout / "commands/apt-get", 'echo "$@" >> installs.txt')
+    make(checkout, "tools", PATH=str(checkout / "commands"))
+    assert (checkout / "installs.txt").read_text().splitlines()[-1].endswith(f" {package}")
+
+
+def test_what_tests_will_be_skipped_without_is_said_to_other_people(checkout: Path):
+    script(checkout / "commands/id", "echo 1000")
+    said = make(checkout, "tools", PATH=str(checkout / "commands"))
+    assert "not here: g++ chromium shellcheck; tests that need them will be skipped" in said
+    for name in ("chromium", "shellcheck"):
+        script(checkout / "commands" / name, "")
+    assert make(checkout, "tools", PATH=str(checkout / "commands"), CXX="my-compiler") == ""
