@@ -1,18 +1,18 @@
 """A batch's embeddings and ids in, the description of its scores out: which columns each row is compared with.
 
 The scores themselves are never built. Under the policy `world` the columns are those of all ranks, the rows those of
-this rank.
+this rank; all columns come to this rank at once, or where they are many, one rank's after the other.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tdro_hpc.config.schema import NEGATIVES, LossConfig
 from tdro_hpc.losses.infonce import grouped_infonce
+from tdro_hpc.losses.ring import ring_infonce
 from tdro_hpc.parallel.gather import gather_ids, gather_rows, rows_of_ranks
 from tdro_hpc.parallel.process import group_rank
 
@@ -34,21 +34,29 @@ class ScoreBlock:
     known_positive_ids: Tensor | None = None  # int64 [rows, known], -1 = none
     false_negative_margin: float | None = None  # in units of q . d
     keep_duplicates: bool = False  # columns with the text of the positive stay negatives
+    implementation: str = "auto"  # auto, fused, torch
+    ring_sizes: list[int] | None = None  # columns of each rank: this rank's are above, the others' pass by; None = all
 
-    def row_losses(self, infonce: Callable[..., Tensor] = grouped_infonce) -> Tensor:
-        """Loss of every row [rows], nats, by `infonce` or another function of its contract."""
-        return infonce(
-            self.queries,
-            self.documents,
-            self.positives,
-            temperature=self.temperature,
-            query_group=self.query_group,
-            document_group=self.document_group,
-            document_ids=self.document_ids,
-            known_positive_ids=self.known_positive_ids,
-            false_negative_margin=self.false_negative_margin,
-            keep_duplicates=self.keep_duplicates,
-        )
+    def row_losses(self) -> Tensor:
+        """Loss of every row [rows], nats. All ranks call it together where the columns go round them."""
+        if self.ring_sizes is not None:
+            return ring_infonce(*self._embeddings(), sizes=self.ring_sizes, **self._options())
+        return grouped_infonce(*self._embeddings(), **self._options())
+
+    def _embeddings(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.queries, self.documents, self.positives
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "query_group": self.query_group,
+            "document_group": self.document_group,
+            "document_ids": self.document_ids,
+            "known_positive_ids": self.known_positive_ids,
+            "false_negative_margin": self.false_negative_margin,
+            "keep_duplicates": self.keep_duplicates,
+            "implementation": self.implementation,
+        }
 
 
 def build_score_block(
@@ -71,11 +79,13 @@ def build_score_block(
     device, per_query = queries.device, len(passages) // len(queries)
     sizes = rows_of_ranks(len(passages)) if negatives == "world" else [len(passages)]
     first_column = sum(sizes[: group_rank()]) if negatives == "world" else 0
-    positives = first_column + per_query * torch.arange(len(queries), device=device)
-    query_group = _query_groups(batch, positives, negatives)
+    positives = per_query * torch.arange(len(queries), device=device)
+    query_group = _query_groups(batch, first_column + positives, negatives)
     document_group = query_group.repeat_interleave(per_query)
     documents, ids = passages, batch.document_ids.to(device)
-    if negatives == "world":
+    ring = len(sizes) > 1 and _bytes_of_columns(passages, sizes) > loss.ring_above_mb * 1_000_000
+    if len(sizes) > 1 and not ring:
+        positives = first_column + positives
         documents = gather_rows(passages, sizes)
         ids, document_group = gather_ids(torch.stack([ids, document_group], dim=1), sizes).unbind(1)
     masked = loss.mask_duplicates or loss.mask_known_positives
@@ -90,7 +100,14 @@ def build_score_block(
         known_positive_ids=batch.known_positive_ids.to(device) if loss.mask_known_positives else None,
         false_negative_margin=loss.false_negative_margin,
         keep_duplicates=not loss.mask_duplicates,
+        implementation=loss.implementation,
+        ring_sizes=sizes if ring else None,
     )
+
+
+def _bytes_of_columns(passages: Tensor, sizes: list[int]) -> int:
+    """Memory of the columns of all ranks together: every rank finds the same number."""
+    return sum(sizes) * passages.shape[1] * passages.element_size()
 
 
 def _query_groups(batch: "Batch", positives: Tensor, negatives: str) -> Tensor:

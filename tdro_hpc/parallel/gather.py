@@ -1,7 +1,8 @@
-"""Rows of every rank put together, in rank order, with or without gradient. Ranks may bring different numbers of rows.
+"""Rows of every rank put together, in rank order, with or without gradient; or handed on from rank to rank.
 
-The backward of `gather_rows` sums what all ranks ask of a row and hands it to the rank that owns it: no factor of the
-number of ranks anywhere. Averaging the parameters' gradients over ranks is then exact.
+Ranks may bring different numbers of rows. The backward of `gather_rows` sums what all ranks ask of a row and hands it
+to the rank that owns it: no factor of the number of ranks anywhere. Averaging the parameters' gradients over ranks is
+then exact.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdro_hpc.parallel.process import group_device, group_size
+from tdro_hpc.parallel.process import group_device, group_rank, group_size
 
 
 def rows_of_ranks(num_rows: int) -> list[int]:
@@ -48,6 +49,23 @@ def gather_ids(ids: Tensor, sizes: list[int] | None = None) -> Tensor:
     """Integer rows of all ranks, shapes as in `gather_rows`."""
     assert not ids.is_floating_point(), "ids are integers; gather_values takes floats"
     return gather_values(ids, sizes)
+
+
+def pass_on(going: list[Tensor], coming: list[Tensor], *, tag: int) -> list[dist.Work]:
+    """Begin to send to the next rank and to receive from the one before, round the ring. All ranks call it together.
+
+    going, coming  contiguous, on group_device(), as many of the same types on all ranks; `coming` in the shapes that
+                   the rank before sends. Neither may be touched before each of the results has been waited for
+    tag            messages that are under way together differ in it by at least their number
+    """
+    rank, world = group_rank(), group_size()
+    if world == 1:
+        for own, copy in zip(going, coming, strict=True):
+            copy.copy_(own)
+        return []
+    sends = [dist.P2POp(dist.isend, tensor, (rank + 1) % world, tag=tag + i) for i, tensor in enumerate(going)]
+    receives = [dist.P2POp(dist.irecv, tensor, (rank - 1) % world, tag=tag + i) for i, tensor in enumerate(coming)]
+    return dist.batch_isend_irecv([*sends, *receives])
 
 
 class _GatherRows(torch.autograd.Function):

@@ -12,7 +12,6 @@ from tdro_hpc.dro.measurement import task_sums
 from tdro_hpc.dro.reference import ReferenceLosses
 from tdro_hpc.dro.weights import TaskWeights
 from tdro_hpc.losses.gradcache import cached_backward
-from tdro_hpc.losses.infonce import grouped_infonce
 from tdro_hpc.losses.score_block import build_score_block
 from tdro_hpc.parallel.torch_engine import TorchEngine
 from tdro_hpc.training.finite import FiniteWatch
@@ -29,7 +28,7 @@ def row_losses(embeddings: list[Tensor], batch: Batch, training: TrainingConfig,
     block = build_score_block(
         queries, passages, batch, negatives=training.negatives, temperature=training.temperature, loss=loss
     )
-    return block.row_losses(grouped_infonce)
+    return block.row_losses()
 
 
 @dataclass
