@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdro_hpc.config.schema import NEGATIVES, LossConfig
-from tdro_hpc.losses.infonce import grouped_infonce
+from tdro_hpc.losses.infonce import grouped_infonce, weighted_infonce
 from tdro_hpc.losses.ring import ring_infonce
 from tdro_hpc.parallel.gather import gather_ids, gather_rows, rows_of_ranks
 from tdro_hpc.parallel.process import group_rank
@@ -42,6 +42,16 @@ class ScoreBlock:
         if self.ring_sizes is not None:
             return ring_infonce(*self._embeddings(), sizes=self.ring_sizes, **self._options())
         return grouped_infonce(*self._embeddings(), **self._options())
+
+    def weighted(self, row_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """sum(row_weights * losses) [], and the losses [rows], detached: less work than row_losses, but in the ring.
+
+        row_weights [rows], of any sign; not differentiated
+        """
+        if self.ring_sizes is not None:
+            losses = self.row_losses()
+            return (row_weights * losses).sum(), losses.detach()
+        return weighted_infonce(*self._embeddings(), row_weights=row_weights, **self._options())
 
     def _embeddings(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.queries, self.documents, self.positives

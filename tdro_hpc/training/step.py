@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from tdro_hpc.dro.measurement import task_sums
 from tdro_hpc.dro.reference import ReferenceLosses
 from tdro_hpc.dro.weights import TaskWeights
 from tdro_hpc.losses.gradcache import cached_backward
-from tdro_hpc.losses.score_block import build_score_block
+from tdro_hpc.losses.score_block import ScoreBlock, build_score_block
 from tdro_hpc.parallel.torch_engine import TorchEngine
 from tdro_hpc.training.finite import FiniteWatch
 from tdro_hpc.training.metrics import StepValues
@@ -24,29 +25,37 @@ def row_losses(embeddings: list[Tensor], batch: Batch, training: TrainingConfig,
     embeddings  queries [rows, width] and passages [rows * passages_per_query, width], float32
     returns     [rows] float32, nats
     """
+    return _score_block(embeddings, batch, training, loss).row_losses()
+
+
+def _score_block(embeddings: list[Tensor], batch: Batch, training: TrainingConfig, loss: LossConfig) -> ScoreBlock:
     queries, passages = embeddings
-    block = build_score_block(
+    return build_score_block(
         queries, passages, batch, negatives=training.negatives, temperature=training.temperature, loss=loss
     )
-    return block.row_losses()
 
 
 @dataclass
 class _MicroStep:
-    """Embeds one micro-batch and back-propagates what `weighted` makes of its row losses."""
+    """Embeds one micro-batch and back-propagates the loss that `summed` makes of its scores."""
 
     engine: TorchEngine
     training: TrainingConfig
     loss: LossConfig
 
-    def backward(self, batch: Batch, weighted: Callable[[Tensor], Tensor], *, synchronise: bool) -> Tensor:
-        """Row losses [rows], detached, after the backward pass of weighted(row losses)."""
+    def backward(
+        self, batch: Batch, summed: Callable[[ScoreBlock], tuple[Tensor, Tensor]], *, synchronise: bool
+    ) -> Tensor:
+        """Row losses [rows], detached, after the backward pass.
+
+        summed   called once: scores -> the loss [], and the row losses [rows], detached
+        """
         rows: list[Tensor] = []
 
         def loss_of(embeddings: list[Tensor]) -> Tensor:
-            losses = row_losses(embeddings, batch, self.training, self.loss)
-            rows.append(losses.detach())
-            return weighted(losses)
+            total, losses = summed(_score_block(embeddings, batch, self.training, self.loss))
+            rows.append(losses)
+            return total
 
         parts = [batch.query_tokens, batch.passage_tokens]
         if self.loss.gradient_cache:
@@ -71,7 +80,8 @@ class ContrastiveStep:
         task_factors: Tensor | None = None,
     ) -> None:
         self.engine, self.training, self.watch, self.num_tasks = engine, training, watch, num_tasks
-        self.task_factors = task_factors  # [tasks] factor on the loss of a row; None = 1
+        even = torch.ones(num_tasks, device=engine.process.device)
+        self.task_factors = even if task_factors is None else task_factors  # [tasks] factor on the loss of a row
         self.micro_step = _MicroStep(engine, training, loss)
 
     @property
@@ -82,13 +92,11 @@ class ContrastiveStep:
         on_device = [batch.to(self.engine.process.device) for batch in batches]
         losses = []
         for position, batch in enumerate(on_device):
-
-            def weighted(rows: Tensor, batch: Batch = batch) -> Tensor:
-                factors = 1.0 if self.task_factors is None else self.task_factors[batch.task_ids]
-                return (rows * factors).mean() / len(batches)
-
             last = position == len(batches) - 1
-            losses.append(self.micro_step.backward(batch, weighted, synchronise=last))
+            row_weights = self.task_factors[batch.task_ids] / (len(batch.task_ids) * len(batches))
+            # Known before the losses are, so the gradient is formed together with them.
+            summed = partial(ScoreBlock.weighted, row_weights=row_weights)
+            losses.append(self.micro_step.backward(batch, summed, synchronise=last))
         grad_norm = self.engine.step()
         all_losses = torch.cat(losses)
         self.watch.add(number + 1, all_losses, batches, grad_norm)
@@ -129,15 +137,16 @@ class DroStep:
             last = position == len(batches) - 1
             reference_losses = self.reference.losses(batch)
 
-            def weighted(
-                rows: Tensor, batch: Batch = batch, reference: Tensor = reference_losses, last: bool = last
-            ) -> Tensor:
+            def summed(
+                block: ScoreBlock, batch: Batch = batch, reference: Tensor = reference_losses, last: bool = last
+            ) -> tuple[Tensor, Tensor]:
+                rows = block.row_losses()
                 self.weights.accumulate(rows, reference, batch.task_ids)
                 if last:
                     self.weights.update()
-                return self._weighted_mean(rows, batch) / len(batches)
+                return self._weighted_mean(rows, batch) / len(batches), rows.detach()
 
-            losses.append(self.micro_step.backward(batch, weighted, synchronise=last))
+            losses.append(self.micro_step.backward(batch, summed, synchronise=last))
             references.append(reference_losses)
         grad_norm = self.engine.step()
         all_losses, task_ids = torch.cat(losses), torch.cat([batch.task_ids for batch in on_device])

@@ -80,24 +80,30 @@ def check_exactness(process, case, dtype, implementation):
     return {"losses": losses.detach(), "queries": gradients[0], "documents": gradients[1]}
 
 
-def losses_of(embeddings, batch, loss):
-    return build_score_block(*embeddings, batch, negatives="world", temperature=0.05, loss=loss).row_losses()
-
-
 def check_training(process, loss):
-    """Row losses and averaged gradients of a data-parallel step, plain and under gradient caching."""
+    """Row losses and averaged gradients of a data-parallel step: plain, and under gradient caching with row weights."""
     world, rank = process.data_size, process.data_rank
     rows = slice(ROWS * rank // world, ROWS * (rank + 1) // world)
     batch = rows_of_batch(toy_batch(1, ROWS, own_task=1), rows)
     parts, kept = [batch.query_tokens, batch.passage_tokens], []
+    weights = torch.full((len(batch.task_ids),), world / ROWS)
 
-    def loss_of(embeddings):
-        kept.append(losses_of(embeddings, batch, loss))
-        return kept[-1].sum() * world / ROWS
+    def block_of(embeddings):
+        return build_score_block(*embeddings, batch, negatives="world", temperature=0.05, loss=loss)
+
+    def of_rows(embeddings):
+        kept.append(block_of(embeddings).row_losses())
+        return (kept[-1] * weights).sum()
+
+    def weighted(embeddings):
+        total, losses = block_of(embeddings).weighted(weights)
+        assert not losses.requires_grad
+        kept.append(losses)
+        return total
 
     plain, cached = TorchEngine(ToyEncoder(), process, TRAINING), TorchEngine(ToyEncoder(), process, TRAINING)
-    plain.backward(loss_of(plain.embed(parts)), synchronise=True)
-    cached_backward(cached, parts, 20, loss_of, synchronise=True)
+    plain.backward(of_rows(plain.embed(parts)), synchronise=True)
+    cached_backward(cached, parts, 20, weighted, synchronise=True)
     found = [
         {name: p.grad.clone() for name, p in engine.encoder.named_parameters() if p.grad is not None}
         for engine in (plain, cached)

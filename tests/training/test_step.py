@@ -1,12 +1,14 @@
 """The contrastive step on a toy encoder: loss reweighting is a factor on each row, and uniform weights are none."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 
 from tdro_hpc.config.schema import LossConfig, TrainingConfig
 from tdro_hpc.data.batches import Batch
+from tdro_hpc.losses import torch_core
 from tdro_hpc.parallel.process import Process
 from tdro_hpc.parallel.torch_engine import TorchEngine
 from tdro_hpc.training.finite import FiniteWatch
@@ -35,7 +37,7 @@ def toy_batch(seed, task_ids):
 BATCHES = [toy_batch(1, [0, 1, 1, 0]), toy_batch(2, [1, 1, 1, 0])]
 
 
-def stepped(factors, monkeypatch):
+def stepped(factors, monkeypatch, implementation="auto"):
     """Gradients of one step, by name, caught before the optimiser takes them."""
     engine = TorchEngine(ToyEncoder(), ALONE, TRAINING)
     caught = {}
@@ -47,7 +49,8 @@ def stepped(factors, monkeypatch):
 
     monkeypatch.setattr(engine, "step", catch)
     watch = FiniteWatch(["a", "b"], ALONE.device)
-    ContrastiveStep(engine, TRAINING, LossConfig(), watch, num_tasks=2, task_factors=factors)(0, BATCHES)
+    loss = LossConfig(implementation=implementation)
+    ContrastiveStep(engine, TRAINING, loss, watch, num_tasks=2, task_factors=factors)(0, BATCHES)
     return caught
 
 
@@ -65,6 +68,18 @@ def test_reweighted_gradients_are_those_of_the_weighted_mean(monkeypatch):
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
     plain = stepped(None, monkeypatch)
     assert not torch.allclose(found["dense.weight"], plain["dense.weight"], rtol=0.01)
+
+
+def test_gradient_is_formed_with_the_loss_because_the_weights_are_known(monkeypatch):
+    spies = {name: mock.Mock(wraps=getattr(torch_core, name)) for name in ("forward", "backward", "forward_backward")}
+    for name, spy in spies.items():
+        monkeypatch.setattr(torch_core, name, spy)
+    stepped(None, monkeypatch, implementation="torch")
+    assert {name: spy.call_count for name, spy in spies.items()} == {
+        "forward": 0,
+        "backward": 0,
+        "forward_backward": len(BATCHES),
+    }
 
 
 @pytest.mark.parametrize("tasks", [2, 25])
