@@ -54,7 +54,7 @@ X86_FLAGS = {
 # Machine code for A100 and H100, and PTX that newer GPUs compile for themselves.
 CUDA_TARGETS = [("compute_80", "sm_80"), ("compute_90", "sm_90"), ("compute_90", "compute_90")]
 NVCC_FLAGS = [
-    *("-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+    *("-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"--threads={len(CUDA_TARGETS)}"),
     *(f"-gencode=arch={arch},code={code}" for arch, code in CUDA_TARGETS),
 ]
 
@@ -184,7 +184,7 @@ def find_torch() -> Path:
 
 def find_cuda() -> tuple[str, Path]:
     """nvcc, which makes every machine code that is wanted, and the folder of cudart. raises Unbuildable"""
-    if not any(ROOT.glob("kernels/cuda/*.cu")):
+    if not _sources("cuda/*.cu"):
         raise Unbuildable("kernels/cuda has no sources")
     home = os.environ.get("CUDA_HOME")
     names = [os.environ.get("NVCC") or (f"{home}/bin/nvcc" if home else "nvcc")]
@@ -219,21 +219,24 @@ def _try_out(name: str, text: str, compiler: list[str]) -> Path:
 
 
 def compile_steps(tools: Toolchain) -> list[Step]:
-    """One step for each source that counts on this machine."""
-    defines = [TORCH_TARGET, *(["-DTDRO_X86"] if MACHINE == "x86_64" else []), *(["-DWITH_CUDA"] if tools.nvcc else [])]
-    glue = [*tools.cxx, *CXX_FLAGS, *defines, "-Ikernels", "-isystem", str(tools.torch / "include")]
-    commands = {path.relative_to(ROOT): glue for path in sorted(ROOT.glob("kernels/*.cpp"))}
-    for path in sorted(ROOT.glob("kernels/cpu/*.cpp")):
-        ending = next((ending for ending in X86_FLAGS if path.stem.endswith(ending)), None)
-        if ending is None or MACHINE == "x86_64":
-            flags = [*(["-DTDRO_X86"] if MACHINE == "x86_64" else []), *X86_FLAGS.get(ending or "", [])]
-            commands[path.relative_to(ROOT)] = [*tools.cxx, *CXX_FLAGS, *flags, "-Ikernels"]
-    for path in sorted(ROOT.glob("kernels/cuda/*.cu")) if tools.nvcc else []:
-        commands[path.relative_to(ROOT)] = [tools.nvcc, *NVCC_FLAGS, "-Ikernels"]
+    """One step for each source that counts on this machine; those that take longest first."""
+    for_x86 = ["-DTDRO_X86"] if MACHINE == "x86_64" else []
+    cpu = [*tools.cxx, *CXX_FLAGS, *for_x86, "-Ikernels"]
+    glue = [*cpu, TORCH_TARGET, *(["-DWITH_CUDA"] if tools.nvcc else []), "-isystem", str(tools.torch / "include")]
+    commands = {path: [tools.nvcc, *NVCC_FLAGS, "-Ikernels"] for path in _sources("cuda/*.cu") if tools.nvcc}
+    commands |= {path: glue for path in _sources("*.cpp")}
+    for path in _sources("cpu/*.cpp"):
+        ending = next((ending for ending in X86_FLAGS if path.stem.endswith(ending)), "")
+        if for_x86 or not ending:
+            commands[path] = [*cpu, *X86_FLAGS.get(ending, [])]
     return [
         Step(ROOT / OBJECTS / f"{source}.o", (*command, "-c", str(source)), source)
         for source, command in commands.items()
     ]
+
+
+def _sources(pattern: str) -> list[Path]:
+    return sorted(path.relative_to(ROOT) for path in (ROOT / "kernels").glob(pattern))
 
 
 def link_step(tools: Toolchain, objects: list[Path]) -> Step:

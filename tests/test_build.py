@@ -1,29 +1,32 @@
 """setup.py: what is compiled and when, what a wheel holds, and what is said where the library cannot be built.
 
-Most tests build a library of three tiny sources in a copy of this checkout; those at the end build the real kernels.
+They build a library of tiny sources in a copy of this checkout; tests/test_kernels.py builds the real ones.
 """
 
+import math
 import os
 import platform
-import re
 import shutil
-import struct
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 import setuptools
 
-ROOT = Path(__file__).parents[1]
-LIBRARY = "tdro_hpc/losses/libtdro_kernels.so"
-COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-NVCC = next(filter(None, map(shutil.which, ["nvcc", *map(str, Path("/usr/local").glob("cuda*/bin/nvcc"))])), None)
-IS_X86 = platform.machine() == "x86_64"
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (make test installs one, as root)")
-needs_nvcc = pytest.mark.skipif(NVCC is None or COMPILER is None, reason="no nvcc here")
+from tests.building import (
+    COMPILER,
+    IS_X86,
+    LIBRARY,
+    answer_of,
+    compiled,
+    copy_checkout,
+    needs_compiler,
+    setup,
+    wheel_of,
+)
+
 TINY = {
     "ops.cpp": """
         #include <torch/csrc/stable/library.h>
@@ -54,47 +57,6 @@ def project(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
-
-
-def copy_checkout(root: Path) -> Path:
-    """What a wheel is made of, without kernels and without what was built."""
-    root.mkdir()
-    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "Makefile"):
-        shutil.copy(ROOT / name, root)
-    for name in ("tdro_hpc", "configs"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.so*"))
-    shutil.copy(ROOT / "constraints.txt", root)
-    return root
-
-
-def setup(root: Path, *words: str, code: int = 0, **variables: str) -> str:
-    """What `python setup.py words` says."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "NVCC", "CUDA_HOME")}
-    command = [sys.executable, "setup.py", "-q", *words]
-    done = subprocess.run(command, cwd=root, env=environment | variables, capture_output=True, text=True, timeout=600)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def compiled(said: str) -> set[str]:
-    """Sources that were compiled, and the library if it was linked; not what only tries a compiler."""
-    files = {line.split()[1] for line in said.splitlines() if line.startswith(("c++ ", "g++ ", "nvcc "))}
-    return {Path(file).name for file in files if "probe" not in file}
-
-
-def wheel_of(root: Path, **variables: str) -> tuple[str, dict[str, bytes], str]:
-    """Tags and files of the wheel that is built, and what was said."""
-    shutil.rmtree(root / "dist", ignore_errors=True)
-    said = setup(root, "bdist_wheel", **variables)
-    (path,) = (root / "dist").iterdir()
-    with zipfile.ZipFile(path) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    return path.name.removesuffix(".whl").split("-", 2)[2], files, said
-
-
-def answer_of(library: Path) -> str:
-    code = f"import torch; torch.ops.load_library('{library}'); print(torch.ops.tdro_hpc.infonce_cpu_path())"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -184,6 +146,25 @@ def test_without_a_compiler_one_line_says_so_and_the_wheel_is_for_any_platform(p
     assert "no C++ compiler" in setup(project, "build_ext", "--inplace", "--required", code=1, PATH=str(tmp_path))
 
 
+def test_the_package_without_the_library_warns_once_and_computes_the_loss(project: Path, tmp_path: Path):
+    """As it is installed, from a wheel that was built without a compiler."""
+    for name, content in wheel_of(project, PATH=str(tmp_path))[1].items():
+        path = tmp_path / "installed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (tmp_path / "loss.py").write_text(
+        "import torch\nfrom tdro_hpc.losses import grouped_infonce\nside, own = torch.eye(2), torch.arange(2)\n"
+        "for times in (1, 2):\n    loss = grouped_infonce(side, side * times, own, temperature=1.0)\n"
+        "print(loss.tolist(), grouped_infonce.__code__.co_filename)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    command = [sys.executable, "loss.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    loss = math.log1p(math.exp(-2))
+    assert done.stdout.startswith(f"[{loss:.7f}"[:8]) and f" {tmp_path}/installed/tdro_hpc/losses/" in done.stdout
+    assert done.stderr.count("UserWarning") == done.stderr.count("libtdro_kernels.so is not built") == 1
+
+
 @needs_compiler
 def test_a_wheel_without_a_compiler_has_no_library_of_an_earlier_wheel(project: Path, tmp_path: Path):
     assert LIBRARY in wheel_of(project)[1]
@@ -238,73 +219,6 @@ def test_a_source_distribution_builds_the_library(project: Path, tmp_path: Path)
     assert {name for name in TINY if (root / "kernels" / name).is_file()} == set(TINY)
     assert not (root / LIBRARY).exists()
     assert LIBRARY in wheel_of(root)[1]
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """This checkout, built from scratch, and what the compilers said."""
-    root = copy_checkout(tmp_path_factory.mktemp("real") / "checkout")
-    shutil.copytree(ROOT / "kernels", root / "kernels")
-    return root, setup(root, "build_ext", "--inplace", "--required")
-
-
-@needs_compiler
-def test_compilers_have_nothing_to_say_about_the_kernels(real: tuple[Path, str]):
-    lines = [line for line in real[1].splitlines() if not line.startswith(("c++ ", "nvcc "))]
-    assert len(lines) == 1 and lines[0].startswith(f"{LIBRARY} is built "), real[1]
-
-
-@needs_compiler
-def test_the_kernels_compute_the_loss(real: tuple[Path, str]):
-    command = [sys.executable, "-m", "tdro_hpc.info"]
-    done = subprocess.run(command, cwd=real[0], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert str(real[0] / LIBRARY) in done.stdout and "self-check" in done.stdout
-
-
-def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
-    """(kind, name) of the symbols that a file defines."""
-    said = subprocess.run(
-        ["nm", "--defined-only", "-P", *options, str(path)], capture_output=True, text=True, check=True
-    )
-    return [(line.split()[1], line.split()[0]) for line in said.stdout.splitlines()]
-
-
-@needs_compiler
-@pytest.mark.skipif(not IS_X86, reason="these files are for x86-64")
-def test_code_for_newer_processors_is_not_shared_with_other_files(real: tuple[Path, str]):
-    """The linker keeps one copy of an inline function: that of such a file would stop an older processor."""
-    objects = [path for path in (real[0] / "build").rglob("kernels/cpu/*.o") if "_avx" in path.name]
-    assert len(objects) >= 2
-    shared = {path.name: [name for kind, name in symbols(path) if kind in "WVu"] for path in objects}
-    assert shared == {path.name: [] for path in objects}
-
-
-@needs_compiler
-def test_the_library_keeps_its_symbols_to_itself(real: tuple[Path, str]):
-    """torch brings its own cudart, and other extensions theirs."""
-    exported = [name for kind, name in symbols(real[0] / LIBRARY, "-D") if kind == "T"]
-    assert exported == []
-
-
-def machine_codes(library: bytes) -> list[set[tuple[str, int]]]:
-    """Kind and compute capability of what each block of GPU code in a library holds."""
-    found = []
-    for block in re.finditer(rb"\x50\xed\x55\xba\x01\0\x10\0(.{8})", library, flags=re.DOTALL):
-        at, end = block.end(), block.end() + struct.unpack("<Q", block[1])[0]
-        found.append(set())
-        while at < end:
-            kind, _, header_bytes, content_bytes = struct.unpack_from("<HHIQ", library, at)
-            found[-1].add(({1: "PTX", 2: "machine code"}[kind], *struct.unpack_from("<I", library, at + 28)))
-            at += header_bytes + content_bytes
-    return found
-
-
-@needs_nvcc
-def test_gpu_code_is_there_for_a100_for_h100_and_to_compile_for_newer_gpus(real: tuple[Path, str]):
-    codes = machine_codes((real[0] / LIBRARY).read_bytes())
-    wanted = {("machine code", 80), ("machine code", 90), ("PTX", 90)}
-    assert codes == [wanted] * len(list((ROOT / "kernels/cuda").glob("*.cu")))
 
 
 @needs_compiler
