@@ -1,88 +1,17 @@
 #include "panel.h"
 
-#include <algorithm>
 #include <cmath>
-#include <limits>
-#include <vector>
+
+#include "panel_run.h"
 
 namespace tdro {
 namespace {
 
-constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 constexpr int64_t STEP_BLOCKS = 6;  // of 32 dimensions a product of scores sums at a time: its operands stay in the first cache
 constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 96;
 constexpr int64_t MAX_STRIPS = 16, STRIP_COLUMNS = 384;
 
-// A thread's own room for one tile.
-struct Scratch {
-  Scratch(int64_t rows, int64_t columns, int64_t width, bool pairs)
-      : scores(rows * columns),
-        documents(blocks_of(width) * columns * (pairs ? LANES / 2 : LANES)),
-        document_pairs(pairs ? blocks_of(width) * columns / 2 * LANES : 0),
-        share_lanes(pairs ? rows * columns / 2 : 0),
-        share_rows(pairs ? rows * columns / 2 : 0),
-        gradient(columns * LANES),
-        factors(rows),
-        sums(rows),
-        column_floats(5 * columns),
-        column_ids(columns) {}
-
-  Buffer<float> scores;  // [row block][column][32]
-  Buffer<uint32_t> documents, document_pairs, share_lanes, share_rows;
-  Buffer<float> gradient;  // [column][32]
-  Buffer<float> factors, sums, column_floats;
-  Buffer<int32_t> column_ids;
-};
-
-class GroupRun {
- public:
-  GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel);
-  void run();
-
- private:
-  struct Tile {
-    int64_t first, count, padded;  // columns of the group; padded to pairs
-  };
-
-  void begin_panel();
-  void look_up_rows();
-  void pack_rows();
-  void statistics_of_strip(int64_t strip, Scratch& scratch);
-  void merge_strips();
-  void gradients_of_strip(int64_t strip, Scratch& scratch);
-  void end_panel();
-  void end_columns();
-
-  Tile tile_at(int64_t number) const;
-  void pack_documents(const Tile& tile, Scratch& scratch, bool for_gradient) const;
-  void raw_scores(const Tile& tile, Scratch& scratch, float* scores) const;
-  void finish(const Tile& tile, Scratch& scratch, float* scores, float* highest) const;
-  void merge_columns(const Tile& tile, Scratch& scratch, const float* scores);
-  void shares_of(const Tile& tile, int64_t number, Scratch& scratch) const;
-  void add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch);
-  int64_t strip_start(int64_t strip) const { return strip * tiles_ / sizes_.strips; }
-
-  const Call& call_;
-  const Problem& problem_;
-  const TileKernels& kernels_;
-  const int32_t number_;
-  const Group& group_;
-  const Sizes sizes_;
-  const Parallel& parallel_;
-  const int64_t dims_, tiles_;  // blocks of dimensions; tiles of columns
-  const bool gradients_;
-  int64_t first_ = 0, rows_ = 0, row_blocks_ = 0, lanes_ = 0;  // of the panel; lanes = row blocks * 32
-
-  Buffer<uint32_t> transposed_, by_dimension_;  // the panel's queries, packed for the scores and for dD
-  Buffer<float> totals_, factors_, positive_factors_, limits_;
-  Buffer<int32_t> positive_ids_, known_ids_;
-  std::vector<int64_t> place_;             // of each row's positive within the group, or -1
-  Buffer<float> strip_highest_, strip_sums_;  // [strip][lanes]
-  Buffer<float> kept_, kept_highest_;         // [tile][row block][column][32], [tile][lanes]
-  Buffer<float> query_parts_;                 // [strip][dimension block][lanes][32]
-  Buffer<float> column_highest_, column_sums_;  // [columns of the group]
-  std::vector<Scratch> scratch_;
-};
+}  // namespace
 
 GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel)
     : call_(call),
@@ -291,91 +220,11 @@ void GroupRun::merge_strips() {
   }
 }
 
-// Into scratch.scores: the share of each pair in the gradient, over the temperature.
-void GroupRun::shares_of(const Tile& tile, int64_t number, Scratch& scratch) const {
-  float* shares = scratch.scores.data();
-  if (sizes_.keep) {
-    const float* highest = &kept_highest_[number * lanes_];
-    for (int64_t i = 0; i < lanes_; ++i)
-      scratch.factors[i] = highest[i] == LOWEST || i >= rows_ ? 0.0f : factors_[i] * std::exp(highest[i] - totals_[i]);
-    kernels_.scale_rows(&kept_[number * sizes_.tile_columns * lanes_], shares, row_blocks_, tile.padded,
-                        scratch.factors.data());
-  } else {
-    raw_scores(tile, scratch, shares);
-    finish(tile, scratch, shares, scratch.sums.data());
-    float *totals = nullptr, *factors = nullptr;
-    if (call_.shares && call_.shares->column_totals) {
-      totals = scratch.column_floats.data() + tile.padded, factors = totals + tile.padded;
-      for (int64_t c = 0; c < tile.padded; ++c) {
-        const int64_t column = group_.columns.member(tile.first + std::min(c, tile.count - 1));
-        totals[c] = call_.shares->column_totals[column];
-        factors[c] = call_.shares->column_factors[column] / problem_.temperature;
-      }
-    }
-    kernels_.shares(shares, row_blocks_, tile.padded, totals_.data(), factors_.data(), totals, factors);
-  }
-  for (int64_t i = 0; i < rows_; ++i) {
-    const int64_t column = place_[i] - tile.first;
-    if (column >= 0 && column < tile.count)
-      shares[(i / LANES * tile.padded + column) * LANES + i % LANES] += positive_factors_[i];
-  }
-}
-
-void GroupRun::gradients_of_strip(int64_t strip, Scratch& scratch) {
-  for (int64_t number = strip_start(strip); number < strip_start(strip + 1); ++number) {
-    const Tile tile = tile_at(number);
-    pack_documents(tile, scratch, true);
-    shares_of(tile, number, scratch);
-    add_gradients(tile, strip, number == strip_start(strip), scratch);
-  }
-}
-
-void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch) {
-  const void *by_lane = scratch.scores.data(), *by_row = scratch.scores.data(), *documents = scratch.documents.data();
-  int64_t column_steps = tile.padded, row_steps = rows_, block_lanes = LANES;
-  if (kernels_.pairs) {
-    kernels_.lane_pairs(scratch.scores.data(), scratch.share_lanes.data(), row_blocks_ * tile.padded);
-    kernels_.row_pairs(scratch.scores.data(), scratch.share_rows.data(), row_blocks_ * tile.padded);
-    by_lane = scratch.share_lanes.data(), by_row = scratch.share_rows.data();
-    documents = scratch.document_pairs.data();
-    column_steps /= 2, row_steps = (rows_ + 1) / 2, block_lanes = LANES / 2;
-  }
-  const uint32_t *shares = static_cast<const uint32_t*>(by_row), *packed = static_cast<const uint32_t*>(documents);
-  float* parts = &query_parts_[strip * lanes_ * dims_ * LANES];
-  for (int64_t dim = 0; dim < dims_; ++dim) {
-    for (int64_t block = 0; block < row_blocks_; ++block)
-      kernels_.product_lanes({std::min<int64_t>(LANES, rows_ - block * LANES), column_steps,
-                              shares + block * column_steps * LANES, 0, packed + dim * column_steps * LANES,
-                              parts + (dim * lanes_ + block * LANES) * LANES, !first});
-    kernels_.product_rows({tile.count, row_steps, by_lane, tile.padded * block_lanes,
-                           &by_dimension_[dim * row_steps * LANES], scratch.gradient.data(), false});
-    const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
-    for (int64_t c = 0; c < tile.count; ++c)
-      kernels_.add_lanes(call_.document_gradient + group_.columns.member(tile.first + c) * problem_.width + dim * LANES,
-                         &scratch.gradient[c * LANES], width, first_ > 0);
-  }
-}
-
-// The strips' parts of the queries' gradients, added in the order of the strips.
-void GroupRun::end_panel() {
-  parallel_.run(row_blocks_, [&](int64_t block, int) {
-    for (int64_t i = block * LANES; i < std::min(rows_, (block + 1) * LANES); ++i)
-      for (int64_t dim = 0; dim < dims_; ++dim) {
-        float* target = call_.query_gradient + group_.rows.member(first_ + i) * problem_.width + dim * LANES;
-        const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
-        for (int64_t strip = 0; strip < sizes_.strips; ++strip)
-          kernels_.add_lanes(target, &query_parts_[((strip * dims_ + dim) * lanes_ + i) * LANES], width, strip > 0);
-      }
-  });
-}
-
 void GroupRun::end_columns() {
   for (int64_t c = 0; c < group_.columns.count; ++c)
     call_.column_negatives[group_.columns.member(c)] =
         column_sums_[c] == 0.0f ? LOWEST : column_highest_[c] + std::log(column_sums_[c]);
 }
-
-}  // namespace
 
 Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const int64_t columns = group.columns.count, rows = blocks_of(group.rows.count) * LANES;

@@ -63,14 +63,26 @@ void lane_pairs(const float* in, uint32_t* out, int64_t count) {
     _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + 16), _mm512_loadu_ps(in)));
 }
 
-void row_pairs(const float* in, uint32_t* out, int64_t count) {
+// What is lost of the upper and lower half of each 32-bit lane when it becomes a pair.
+inline __m512 lost_by(__m512 value, __m512i pair, bool upper) {
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+  const Bits bits = reinterpret_cast<Bits>(pair), wide = upper ? bits & 0xffff0000u : bits << 16;
+  return value - reinterpret_cast<__m512>(wide);
+}
+
+void row_pairs(const float* in, uint32_t* out, int64_t count, float* lost) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                               21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (int64_t i = 0; i + 1 < count; i += 2, in += 2 * LANES, out += LANES)
-    for (int half = 0; half < LANES; half += 16) {
-      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + LANES + half), _mm512_loadu_ps(in + half));
-      _mm512_storeu_si512(out + half, _mm512_permutexvar_epi16(interleave, (__m512i)both));
+  for (int half = 0; half < LANES; half += 16) {
+    __m512 sum = _mm512_loadu_ps(lost + half);
+    for (int64_t i = 0; i + 1 < count; i += 2) {
+      const __m512 low = _mm512_loadu_ps(in + i * LANES + half), high = _mm512_loadu_ps(in + (i + 1) * LANES + half);
+      const __m512i pair = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      sum = _mm512_add_ps(sum, _mm512_add_ps(lost_by(low, pair, false), lost_by(high, pair, true)));
+      _mm512_storeu_si512(out + i / 2 * LANES + half, pair);
     }
+    _mm512_storeu_ps(lost + half, sum);
+  }
 }
 
 }  // namespace

@@ -1,0 +1,100 @@
+// From the statistics of a panel's rows to the gradients of its queries and of all documents.
+#include <cmath>
+
+#include "panel_run.h"
+
+namespace tdro {
+
+// Into scratch.scores: the share of each pair in the gradient, over the temperature.
+void GroupRun::shares_of(const Tile& tile, int64_t number, Scratch& scratch) const {
+  float* shares = scratch.scores.data();
+  if (sizes_.keep) {
+    const float* highest = &kept_highest_[number * lanes_];
+    for (int64_t i = 0; i < lanes_; ++i)
+      scratch.factors[i] = highest[i] == LOWEST || i >= rows_ ? 0.0f : factors_[i] * std::exp(highest[i] - totals_[i]);
+    kernels_.scale_rows(&kept_[number * sizes_.tile_columns * lanes_], shares, row_blocks_, tile.padded,
+                        scratch.factors.data());
+  } else {
+    raw_scores(tile, scratch, shares);
+    finish(tile, scratch, shares, scratch.sums.data());
+    float *totals = nullptr, *factors = nullptr;
+    if (call_.shares && call_.shares->column_totals) {
+      totals = scratch.column_floats.data() + tile.padded, factors = totals + tile.padded;
+      for (int64_t c = 0; c < tile.padded; ++c) {
+        const int64_t column = group_.columns.member(tile.first + std::min(c, tile.count - 1));
+        totals[c] = call_.shares->column_totals[column];
+        factors[c] = call_.shares->column_factors[column] / problem_.temperature;
+      }
+    }
+    kernels_.shares(shares, row_blocks_, tile.padded, totals_.data(), factors_.data(), totals, factors);
+  }
+  for (int64_t i = 0; i < rows_; ++i) {
+    const int64_t column = place_[i] - tile.first;
+    if (column >= 0 && column < tile.count)
+      shares[(i / LANES * tile.padded + column) * LANES + i % LANES] += positive_factors_[i];
+  }
+}
+
+void GroupRun::gradients_of_strip(int64_t strip, Scratch& scratch) {
+  std::fill_n(&strip_sums_[strip * lanes_], lanes_, 0.0f);  // from here on: what rounding took from the row's shares
+  for (int64_t number = strip_start(strip); number < strip_start(strip + 1); ++number) {
+    const Tile tile = tile_at(number);
+    pack_documents(tile, scratch, true);
+    shares_of(tile, number, scratch);
+    add_gradients(tile, strip, number == strip_start(strip), scratch);
+  }
+}
+
+void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch) {
+  const void *by_lane = scratch.scores.data(), *by_row = scratch.scores.data(), *documents = scratch.documents.data();
+  int64_t column_steps = tile.padded, row_steps = rows_, block_lanes = LANES;
+  if (kernels_.pairs) {
+    kernels_.lane_pairs(scratch.scores.data(), scratch.share_lanes.data(), row_blocks_ * tile.padded);
+    for (int64_t block = 0; block < row_blocks_; ++block)
+      kernels_.row_pairs(&scratch.scores[block * tile.padded * LANES], &scratch.share_rows[block * tile.padded / 2 * LANES],
+                         tile.padded, &strip_sums_[strip * lanes_ + block * LANES]);
+    by_lane = scratch.share_lanes.data(), by_row = scratch.share_rows.data();
+    documents = scratch.document_pairs.data();
+    column_steps /= 2, row_steps = (rows_ + 1) / 2, block_lanes = LANES / 2;
+  }
+  const uint32_t *shares = static_cast<const uint32_t*>(by_row), *packed = static_cast<const uint32_t*>(documents);
+  float* parts = &query_parts_[strip * lanes_ * dims_ * LANES];
+  for (int64_t dim = 0; dim < dims_; ++dim) {
+    for (int64_t block = 0; block < row_blocks_; ++block)
+      kernels_.product_lanes({std::min<int64_t>(LANES, rows_ - block * LANES), column_steps,
+                              shares + block * column_steps * LANES, 0, packed + dim * column_steps * LANES,
+                              parts + (dim * lanes_ + block * LANES) * LANES, !first});
+    const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
+    kernels_.product_rows({tile.count, row_steps, by_lane, tile.padded * block_lanes,
+                           &by_dimension_[dim * row_steps * LANES], scratch.gradient.data(), false});
+    for (int64_t c = 0; c < tile.count; ++c)
+      kernels_.add_lanes(call_.document_gradient + group_.columns.member(tile.first + c) * problem_.width + dim * LANES,
+                         &scratch.gradient[c * LANES], width, first_ > 0);
+  }
+}
+
+// The strips' parts of the queries' gradients, added in the order of the strips. A row's shares add up to 0, so that what
+// its documents have in common cancels; rounded to bfloat16 they do not quite: the positive gets what was lost.
+void GroupRun::end_panel() {
+  const Rows documents{problem_.documents, problem_.type, problem_.width, 0, problem_.columns, nullptr};
+  parallel_.run(row_blocks_, [&](int64_t block, int) {
+    std::vector<float> positive(kernels_.pairs ? problem_.width : 0);
+    for (int64_t i = block * LANES; i < std::min(rows_, (block + 1) * LANES); ++i) {
+      const int64_t row = group_.rows.member(first_ + i);
+      float* target = call_.query_gradient + row * problem_.width;
+      for (int64_t dim = 0; dim < dims_; ++dim) {
+        const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
+        for (int64_t strip = 0; strip < sizes_.strips; ++strip)
+          kernels_.add_lanes(target + dim * LANES, &query_parts_[((strip * dims_ + dim) * lanes_ + i) * LANES], width,
+                             strip > 0);
+      }
+      if (!kernels_.pairs) continue;
+      float lost = 0.0f;
+      for (int64_t strip = 0; strip < sizes_.strips; ++strip) lost += strip_sums_[strip * lanes_ + i];
+      read_row(documents, group_.columns.member(std::max<int64_t>(place_[i], 0)), positive.data());
+      for (int64_t k = 0; k < problem_.width; ++k) target[k] += lost * positive[k];
+    }
+  });
+}
+
+}  // namespace tdro

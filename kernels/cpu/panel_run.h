@@ -1,0 +1,85 @@
+// The work on one group in steps: panel.cpp prepares, scores and adds up, panel_gradients.cpp forms the gradients.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "panel.h"
+
+namespace tdro {
+
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+// A thread's own room for one tile.
+struct Scratch {
+  Scratch(int64_t rows, int64_t columns, int64_t width, bool pairs)
+      : scores(rows * columns),
+        documents(blocks_of(width) * columns * (pairs ? LANES / 2 : LANES)),
+        document_pairs(pairs ? blocks_of(width) * columns / 2 * LANES : 0),
+        share_lanes(pairs ? rows * columns / 2 : 0),
+        share_rows(pairs ? rows * columns / 2 : 0),
+        gradient(columns * LANES),
+        factors(rows),
+        sums(rows),
+        column_floats(5 * columns),
+        column_ids(columns) {}
+
+  Buffer<float> scores;  // [row block][column][32]
+  Buffer<uint32_t> documents, document_pairs, share_lanes, share_rows;
+  Buffer<float> gradient;  // [column][32]
+  Buffer<float> factors, sums, column_floats;
+  Buffer<int32_t> column_ids;
+};
+
+class GroupRun {
+ public:
+  GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel);
+  void run();
+
+ private:
+  struct Tile {
+    int64_t first, count, padded;  // columns of the group; padded to pairs
+  };
+
+  void begin_panel();
+  void look_up_rows();
+  void pack_rows();
+  void statistics_of_strip(int64_t strip, Scratch& scratch);
+  void merge_strips();
+  void gradients_of_strip(int64_t strip, Scratch& scratch);
+  void end_panel();
+  void end_columns();
+
+  Tile tile_at(int64_t number) const;
+  void pack_documents(const Tile& tile, Scratch& scratch, bool for_gradient) const;
+  void raw_scores(const Tile& tile, Scratch& scratch, float* scores) const;
+  void finish(const Tile& tile, Scratch& scratch, float* scores, float* highest) const;
+  void merge_columns(const Tile& tile, Scratch& scratch, const float* scores);
+  void shares_of(const Tile& tile, int64_t number, Scratch& scratch) const;
+  void add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch);
+  int64_t strip_start(int64_t strip) const { return strip * tiles_ / sizes_.strips; }
+
+  const Call& call_;
+  const Problem& problem_;
+  const TileKernels& kernels_;
+  const int32_t number_;
+  const Group& group_;
+  const Sizes sizes_;
+  const Parallel& parallel_;
+  const int64_t dims_, tiles_;  // blocks of dimensions; tiles of columns
+  const bool gradients_;
+  int64_t first_ = 0, rows_ = 0, row_blocks_ = 0, lanes_ = 0;  // of the panel; lanes = row blocks * 32
+
+  Buffer<uint32_t> transposed_, by_dimension_;  // the panel's queries, packed for the scores and for dD
+  Buffer<float> totals_, factors_, positive_factors_, limits_;
+  Buffer<int32_t> positive_ids_, known_ids_;
+  std::vector<int64_t> place_;             // of each row's positive within the group, or -1
+  Buffer<float> strip_highest_, strip_sums_;  // [strip][lanes]
+  Buffer<float> kept_, kept_highest_;         // [tile][row block][column][32], [tile][lanes]
+  Buffer<float> query_parts_;                 // [strip][dimension block][lanes][32]
+  Buffer<float> column_highest_, column_sums_;  // [columns of the group]
+  std::vector<Scratch> scratch_;
+};
+
+}  // namespace tdro
