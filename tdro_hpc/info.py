@@ -68,7 +68,7 @@ def machine_lines() -> Iterator[tuple[str, str]]:
         return
     yield "compiled loss", f"{library.path}{_outdated(library.path)}"
     yield "", f"on this CPU by its {torch.ops.tdro_hpc.infonce_cpu_path()} code"
-    yield "", "built with CUDA" if library.cuda else "built without CUDA: there was no nvcc"
+    yield "", "built with CUDA" if library.cuda else "built for CPUs only"
 
 
 def _outdated(library: Path) -> str:
