@@ -120,8 +120,8 @@ class Step:
             os.utime(made, ns=(started, started))
             if notes:
                 read.replace(_beside(self.target, ".d"))
-            _beside(self.target, ".command").write_text(self.record())
             made.replace(self.target)
+            _beside(self.target, ".command").write_text(self.record())  # last: without it the file is made again
 
 
 def _beside(path: Path, suffix: str) -> Path:
