@@ -14,6 +14,8 @@ SCRIPT = "training_run.py"
 NO_DROPOUT = ["model.lora.dropout=0"]  # ranks draw dropout for their own rows
 CHAIN = ["s0:run", "s1:run", "s2-curr:run"]
 CHUNKED = ["loss.gradient_cache=true", "loss.chunk_tokens=100", "s0:chunked", "s1:chunked"]
+RING = ["loss.ring_above_mb=0", "s0:ring"]  # beside CHUNKED: the columns of the chunks go round
+TASK = ["loss.ring_above_mb=2048", "s1.negatives=task", "s1:task", "s1.negatives=group"]
 RATIOS = ["loss.gradient_cache=false", "s1.measurement=mean_of_ratios", "s1:ratios"]
 
 
@@ -31,9 +33,10 @@ def runs(tmp_path_factory):
     for world in (1, 2):
         folders[world] = tmp_path_factory.mktemp(f"ranks{world}")
         write_tasks(folders[world] / "data")
-        (folders[world] / "ratios").mkdir()
-        (folders[world] / "ratios" / "s0").symlink_to(folders[world] / "run" / "s0")
-        run_ranks(SCRIPT, folders[world], world, [*NO_DROPOUT, *CHAIN, *CHUNKED, *RATIOS])
+        for run in ("ratios", "task"):
+            (folders[world] / run).mkdir()
+            (folders[world] / run / "s0").symlink_to(folders[world] / "run" / "s0")
+        run_ranks(SCRIPT, folders[world], world, [*NO_DROPOUT, *CHAIN, *CHUNKED, *RING, *TASK, *RATIOS])
     return folders
 
 
@@ -47,10 +50,10 @@ def test_loss_and_model_are_those_of_one_rank(runs, stage):
         torch.testing.assert_close(tensor, models[1][name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["s0", "s1"])
+@pytest.mark.parametrize(("run", "stage"), [("chunked", "s0"), ("chunked", "s1"), ("ring", "s0")])
 @pytest.mark.parametrize("world", [1, 2])
-def test_gradient_caching_trains_the_same_model(runs, world, stage):
-    whole, chunked = (runs[world] / run / stage for run in ("run", "chunked"))
+def test_gradient_caching_trains_the_same_model_with_columns_that_go_round_too(runs, world, run, stage):
+    whole, chunked = (runs[world] / name / stage for name in ("run", run))
     rows = [rows_of(folder / "metrics.jsonl") for folder in (whole, chunked)]
     for key in ("loss", "grad_norm"):
         one, other = ([row[key] for row in part] for part in rows)
@@ -60,9 +63,12 @@ def test_gradient_caching_trains_the_same_model(runs, world, stage):
         assert alphas[0] == pytest.approx(alphas[1], rel=1e-4)
 
 
-def test_measurements_differ(runs):
-    alphas = [rows_of(runs[1] / run / "s1" / "trajectory.jsonl")[-1]["alpha"] for run in ("run", "ratios")]
-    assert alphas[0] != pytest.approx(alphas[1], rel=1e-3)
+@pytest.mark.parametrize("run", ["ratios", "task"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_measurements_and_negatives_of_the_task_lead_to_other_weights(runs, world, run):
+    trajectories = [rows_of(runs[world] / name / "s1" / "trajectory.jsonl") for name in ("run", run)]
+    assert [len(trajectory) for trajectory in trajectories] == [7, 7]
+    assert trajectories[0][-1]["alpha"] != pytest.approx(trajectories[1][-1]["alpha"], rel=1e-3)
 
 
 @pytest.mark.parametrize("run", ["run", "ratios"])

@@ -14,6 +14,7 @@ from tdro_hpc.stages.graph import stage_graph
 from tdro_hpc.training.finite import NotFiniteError
 from tdro_hpc.training.stop import Stopped
 from tests.distributed.training_run import config_of, write_tasks
+from tests.reference.infonce import slow_infonce
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +25,12 @@ def trained(tmp_path_factory):
     return folder, run(folder, "s0") and run(folder, "s1", "s1.reference_losses=cached")
 
 
-def run(folder: Path, stage: str, *more: str):
+def run(folder: Path, stage: str, *more: str, name: str = "run"):
     config = config_of(folder, 1, ["data.loader_workers=0", *more])
     process = start_process(config.parallel, rank=0, world=1, local_rank=0, rendezvous="")
-    (folder / "run" / stage).mkdir(parents=True, exist_ok=True)
+    (folder / name / stage).mkdir(parents=True, exist_ok=True)
     kind = {"s0": s0, "s1": s1}.get(stage, s2)
-    kind.run(config, stage_graph(config)[stage], folder / "run", process)
+    kind.run(config, stage_graph(config)[stage], folder / name, process)
     return config
 
 
@@ -102,6 +103,55 @@ def test_reference_in_chunks_gives_the_same_losses_and_never_more_tokens(trained
     found = model(batch)
     torch.testing.assert_close(found, s1._ReferenceModel(whole)(batch), rtol=1e-4, atol=1e-5)
     assert not found.requires_grad and len(sizes) > 8 and max(sizes) <= 100
+
+
+def losses_by_hand(encoder, batch, temperature):
+    """Row losses of a batch, in float64, over the passages of the rows of the same task."""
+    with torch.no_grad():
+        queries, passages = (encoder(tokens) for tokens in (batch.query_tokens, batch.passage_tokens))
+    per_query = len(passages) // len(queries)
+    return slow_infonce(
+        queries,
+        passages,
+        per_query * torch.arange(len(queries)),
+        temperature=temperature,
+        query_group=batch.task_ids,
+        document_group=batch.task_ids.repeat_interleave(per_query),
+        document_ids=batch.document_ids,
+        known_positive_ids=batch.known_positive_ids,
+    )
+
+
+def test_negatives_of_the_same_task_measure_proxy_against_reference_on_the_same_columns(trained):
+    folder, more = trained[0], ["s1.negatives=task", "model.lora.dropout=0"]
+    (folder / "task").mkdir()
+    (folder / "task" / "s0").symlink_to(folder / "run" / "s0")
+    run(folder, "s1", *more, name="task")
+    training = training_of(folder, *more)
+    batches = [training.batches.batch(0, micro_step) for micro_step in range(2)]
+    sides = [training.encoder, s1._ReferenceModel(training).encoder]
+    proxy, reference = (
+        torch.cat([losses_by_hand(encoder, batch, config_of(folder, 1, []).s1.temperature) for batch in batches])
+        for encoder in sides
+    )
+    task_ids = torch.cat([batch.task_ids for batch in batches])
+    assert set(torch.bincount(batches[0].task_ids).tolist()) > {2}, "tasks with several rows, not all as many"
+    rows = [json.loads(line) for line in (folder / "task" / "s1" / "trajectory.jsonl").read_text().splitlines()]
+    for number, task in enumerate(training.tasks):
+        here = task_ids == number
+        wanted = float(proxy[here].mean() / reference[here].mean())  # before the first update
+        assert rows[0]["measurement"][task] == pytest.approx(wanted, rel=1e-3)  # float32 scores over 0.05
+    assert len(rows) == 7
+    own = s1._ReferenceModel(training_of(folder))(batches[0])
+    assert bool((reference[: len(own)] >= own - 1e-3).all()) and reference[: len(own)].sum() > own.sum() + 1
+    weights = folder / "task" / "s1" / "out" / "weights" / "curr_weights.json"
+    assert sum(json.loads(weights.read_text())["domain_weights"].values()) == pytest.approx(1.0)
+
+
+def test_losses_that_depend_on_the_rows_beside_them_are_not_cached(trained):
+    with pytest.raises(ValueError, match="'task': the loss of a row then depends on the rows beside it") as caught:
+        config_of(trained[0], 1, ["s1.negatives=task", "s1.reference_losses=cached"])
+    assert "Type s1.negatives=group or s1.reference_losses=online." in str(caught.value)
 
 
 def test_cached_losses_of_other_negatives_are_not_read(trained, monkeypatch):
