@@ -1,0 +1,1 @@
+"""Parts of benchmarks/infonce.py: cases, implementations, measurement in a process of its own, tables."""
