@@ -148,7 +148,8 @@ void tile_gradient(Tensor scores, int64_t columns, int64_t first_row, int64_t fi
                            items<float>("row_factors", row_factors, scores, first_row, place.rows),
                            items<float>("column_totals", column_totals, scores, first_column, place.columns),
                            items<float>("column_factors", column_factors, scores, first_column, place.columns),
-                           items<float>("residuals", residuals, scores, first_row, place.rows), int(storage), stream_of(scores)));
+                           items<float>("residuals", residuals, scores, first_row, place.rows), int(storage),
+                           stream_of(scores)));
 }
 
 void tile_softmax(Tensor scores, int64_t columns, int64_t first_row, int64_t first_column, MASK_PARAMETERS,

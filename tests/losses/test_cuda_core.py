@@ -35,21 +35,22 @@ def set_sizes(monkeypatch, sizes):
         monkeypatch.setattr(cuda_core if name == "PANEL_ROWS" else cuda_tiles, name, value)
 
 
-def problem(seed, *, grouped="no groups", masked=NAMES[2:], rows=ROWS, columns=COLUMNS, num_groups=4, spread=1.0):
+def problem(seed, *, grouped="no groups", masked=NAMES[2:], rows=ROWS, columns=COLUMNS, num_groups=4):
     """Queries, documents, positives, and the masks in the order of the operators."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high, *sizes):
         return torch.randint(low, high, sizes, generator=generator)
 
-    queries, documents = (side.float() for side in embeddings(seed, rows, columns, width=WIDTH, spread=spread))
+    sides = embeddings(seed, rows, columns, width=WIDTH)
+    queries, documents = (dense_core.on_grid(side).float() for side in sides)
     masks = {
         "query_group": draw(0, num_groups, rows),
         "document_group": draw(1, num_groups + 1, columns),  # some groups are on one side only
         "column_ids": draw(-1, columns // 2, columns),
         "positive_ids": draw(0, columns // 2, rows),
         "known_ids": draw(-1, columns // 2, rows, 2),
-        "margin": 0.05,
+        "margin": dense_core.MARGIN,
         "log_weights": torch.rand(columns, generator=generator) - 0.5,
     }
     kept = set(masked) | (set() if grouped == "no groups" else set(NAMES[:2]))

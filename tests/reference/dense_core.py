@@ -2,6 +2,14 @@
 
 import torch
 
+MARGIN = 0.05 + 2**-17  # between two products of embeddings on_grid
+
+
+def on_grid(embeddings):
+    """Rounded to multiples of 2^-8: all types hold them, and float32 products are exact, so that no product lies on one
+    side of a margin in float32 and on the other in float64."""
+    return (embeddings * 256).round() / 256
+
 
 def negatives(queries, documents, positives, positive_scores, temperature, masks):
     """Scores [rows, columns], and which of them count as negatives."""
