@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
 #include <optional>
 
 #include "cuda/tiles.h"
@@ -70,6 +71,7 @@ struct Masks {
 Place place_of(const Tensor& scores, int64_t columns, int64_t first_row, int64_t first_column) {
   STD_TORCH_CHECK(scores.dim() == 3 && scores.size(2) % 4 == 0 && columns <= scores.size(2),
                   "scores must be [groups, rows, stride], with a stride that holds the columns and is a multiple of 4");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(scores.data_ptr()) % 16 == 0, "scores must be aligned to 16 bytes");
   return {scores, first_row, first_column, scores.size(0) * scores.size(1), scores.size(0) * columns};
 }
 

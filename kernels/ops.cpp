@@ -1,4 +1,4 @@
-// The library's operators for torch, over torch's stable ABI: one build serves every torch since 2.10, with or without CUDA.
+// The library's operators for torch, over torch's stable ABI: one build serves every torch since 2.10.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -71,7 +71,8 @@ tdro::Problem problem_of(const Tensor& queries, const Tensor& documents, const T
   problem.queries = items<void>(queries), problem.documents = items<void>(documents);
   problem.positives = items<int64_t>(positives);
   problem.temperature = *items<float>(temperature);
-  problem.query_group = items<int64_t>(masks.query_group), problem.document_group = items<int64_t>(masks.document_group);
+  problem.query_group = items<int64_t>(masks.query_group);
+  problem.document_group = items<int64_t>(masks.document_group);
   problem.column_ids = items<int64_t>(masks.column_ids), problem.positive_ids = items<int64_t>(masks.positive_ids);
   problem.known_ids = items<int64_t>(masks.known_ids), problem.known = masks.known_ids ? masks.known_ids->size(1) : 0;
   problem.has_margin = masks.margin.has_value(), problem.margin = float(masks.margin.value_or(0.0));
@@ -105,7 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> infonce_forward(Tensor queries, Tensor docume
       problem_of(queries, documents, positives, temperature,
                  {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
   const tdro::Parallel parallel = torch_threads();
-  Tensor scores = positive_scores ? torch::stable::clone(*positive_scores) : own_positive_scores(problem, parallel, queries);
+  Tensor scores =
+      positive_scores ? torch::stable::clone(*positive_scores) : own_positive_scores(problem, parallel, queries);
   Tensor rows = floats(queries, {problem.rows}), columns = floats(queries, {symmetric ? problem.columns : 0});
   tdro::forward(problem, parallel, items<float>(scores), items<float>(rows),
                 symmetric ? items<float>(columns) : nullptr);

@@ -7,7 +7,7 @@
 namespace tdro {
 namespace {
 
-constexpr int64_t STEP_BLOCKS = 6;  // of 32 dimensions a product of scores sums at a time: its operands stay in the first cache
+constexpr int64_t STEP_BLOCKS = 6;  // of 32 dimensions that scores sum at a time: the operands stay in the first cache
 constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 96;
 constexpr int64_t MAX_STRIPS = 16, STRIP_COLUMNS = 384;
 
@@ -111,7 +111,8 @@ void GroupRun::pack_rows() {
 }
 
 GroupRun::Tile GroupRun::tile_at(int64_t number) const {
-  const int64_t first = number * sizes_.tile_columns, count = std::min(sizes_.tile_columns, group_.columns.count - first);
+  const int64_t first = number * sizes_.tile_columns;
+  const int64_t count = std::min(sizes_.tile_columns, group_.columns.count - first);
   return {first, count, kernels_.pairs ? (count + 1) / 2 * 2 : count};
 }
 
@@ -177,7 +178,8 @@ void GroupRun::statistics_of_strip(int64_t strip, Scratch& scratch) {
     for (int64_t i = 0; i < lanes_; ++i) {
       if (scratch.sums[i] == 0.0f) continue;
       const float top = std::max(best[i], highest[i]);
-      sums[i] = (sums[i] == 0.0f ? 0.0f : sums[i] * std::exp(best[i] - top)) + scratch.sums[i] * std::exp(highest[i] - top);
+      const float before = sums[i] == 0.0f ? 0.0f : sums[i] * std::exp(best[i] - top);
+      sums[i] = before + scratch.sums[i] * std::exp(highest[i] - top);
       best[i] = top;
     }
   }

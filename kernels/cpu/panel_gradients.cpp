@@ -51,8 +51,9 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
   if (kernels_.pairs) {
     kernels_.lane_pairs(scratch.scores.data(), scratch.share_lanes.data(), row_blocks_ * tile.padded);
     for (int64_t block = 0; block < row_blocks_; ++block)
-      kernels_.row_pairs(&scratch.scores[block * tile.padded * LANES], &scratch.share_rows[block * tile.padded / 2 * LANES],
-                         tile.padded, &strip_sums_[strip * lanes_ + block * LANES]);
+      kernels_.row_pairs(&scratch.scores[block * tile.padded * LANES],
+                         &scratch.share_rows[block * tile.padded / 2 * LANES], tile.padded,
+                         &strip_sums_[strip * lanes_ + block * LANES]);
     by_lane = scratch.share_lanes.data(), by_row = scratch.share_rows.data();
     documents = scratch.document_pairs.data();
     column_steps /= 2, row_steps = (rows_ + 1) / 2, block_lanes = LANES / 2;
@@ -73,8 +74,8 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
   }
 }
 
-// The strips' parts of the queries' gradients, added in the order of the strips. A row's shares add up to 0, so that what
-// its documents have in common cancels; rounded to bfloat16 they do not quite: the positive gets what was lost.
+// The strips' parts of the queries' gradients, added in the order of the strips. A row's shares add up to 0, so what its
+// documents have in common cancels; rounded to bfloat16 they do not quite: the positive gets what was lost.
 void GroupRun::end_panel() {
   const Rows documents{problem_.documents, problem_.type, problem_.width, 0, problem_.columns, nullptr};
   parallel_.run(row_blocks_, [&](int64_t block, int) {

@@ -61,7 +61,7 @@ struct TileKernels {
   // target[32 lanes] (+)= source, n lanes of it.
   void (*add_lanes)(float* target, const float* source, int64_t lanes, bool add);
   float (*dot)(const float* a, const float* b, int64_t width);
-  // [count][32] floats -> bfloat16: pairs of neighbouring lanes [count][16], or pairs of neighbours in count [count/2][32];
+  // [count][32] floats -> bfloat16: pairs of neighbouring lanes [count][16], or of neighbours in count [count/2][32];
   // lost[lane] += what the rounding takes from the sum of a lane.
   void (*lane_pairs)(const float* in, uint32_t* out, int64_t count);
   void (*row_pairs)(const float* in, uint32_t* out, int64_t count, float* lost);

@@ -71,8 +71,8 @@ inline __m512 lost_by(__m512 value, __m512i pair, bool upper) {
 }
 
 void row_pairs(const float* in, uint32_t* out, int64_t count, float* lost) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                              21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   for (int half = 0; half < LANES; half += 16) {
     __m512 sum = _mm512_loadu_ps(lost + half);
     for (int64_t i = 0; i + 1 < count; i += 2) {
