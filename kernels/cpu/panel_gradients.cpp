@@ -74,8 +74,8 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
   }
 }
 
-// The strips' parts of the queries' gradients, added in the order of the strips. A row's shares add up to 0, so what its
-// documents have in common cancels; rounded to bfloat16 they do not quite: the positive gets what was lost.
+// The strips' parts of the queries' gradients, added in the order of the strips. A row's shares add up to 0, so that
+// what its documents have in common cancels; rounded to bfloat16 not quite: the positive gets what was lost.
 void GroupRun::end_panel() {
   const Rows documents{problem_.documents, problem_.type, problem_.width, 0, problem_.columns, nullptr};
   parallel_.run(row_blocks_, [&](int64_t block, int) {
