@@ -45,7 +45,7 @@ def checked_arguments(
             IndexError for a positive that is no column, if it is looked up. No value on a GPU is looked at
     """
     queries, documents = _checked_embeddings(queries, documents)
-    rows, columns = len(queries), len(documents)
+    rows, columns = queries.shape[0], documents.shape[0]
     if (query_group is None) != (document_group is None):
         raise ValueError("query_group and document_group go together: give both or none.")
     if known_positive_ids is not None and document_ids is None:
@@ -174,10 +174,10 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], queries: T
 
 
 def _check_shape(name: str, given: Tensor, shape: tuple[int | None, ...], queries: Tensor) -> None:
-    fits = given.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, given.shape, strict=True))
-    if not fits:
+    found = given.shape
+    if len(found) != len(shape) or found[0] != shape[0]:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {list(given.shape)}; it must be [{wanted}].")
+        raise ValueError(f"{name} has shape {list(found)}; it must be [{wanted}].")
     if given.device != queries.device:
         raise ValueError(f"{name} is on {given.device} and the embeddings on {queries.device}; move one of them.")
 

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from tdro_hpc.losses import cuda_core
 from tdro_hpc.losses.library import Library, load
 from tdro_hpc.losses.torch_ops import Argument, backward_shapes, forward_backward_shapes, forward_shapes
 
@@ -30,12 +31,15 @@ def obstacle(dtype: torch.dtype, device_type: str) -> str:
 
 @cache
 def _library() -> Library:
-    """The compiled library, loaded and known to torch.compile."""
+    """The compiled library, loaded; its operators serve the GPU and are known to torch.compile."""
     library = load()
-    if library.path is not None:
-        torch.library.register_fake("tdro_hpc::infonce_forward", forward_shapes)
-        torch.library.register_fake("tdro_hpc::infonce_backward", backward_shapes)
-        torch.library.register_fake("tdro_hpc::infonce_forward_backward", forward_backward_shapes)
+    if library.path is None:
+        return library
+    torch.library.register_fake("tdro_hpc::infonce_forward", forward_shapes)
+    torch.library.register_fake("tdro_hpc::infonce_backward", backward_shapes)
+    torch.library.register_fake("tdro_hpc::infonce_forward_backward", forward_backward_shapes)
+    if library.cuda and not torch._C._dispatch_has_kernel_for_dispatch_key("tdro_hpc::infonce_forward", "CUDA"):
+        cuda_core.register()
     return library
 
 

@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from tdro_hpc.losses import fused, torch_core, torch_ops
-from tdro_hpc.losses.arguments import checked_arguments, checked_row_weights, refuse_positives_outside
+from tdro_hpc.losses.arguments import Arguments, checked_arguments, checked_row_weights, refuse_positives_outside
+from tdro_hpc.losses.tiles import groups_on_host
 from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, add_rows
 
 IMPLEMENTATIONS = "auto", "fused", "torch"
@@ -72,7 +73,7 @@ def grouped_infonce(
             symmetric,
         )
         use_fused = _serves(implementation, arguments.queries.dtype, queries.device.type)
-        return _GroupedInfoNCE.apply(*arguments, symmetric, use_fused)
+        return _GroupedInfoNCE.apply(*arguments[:3], arguments, symmetric, use_fused)
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
         raise
@@ -121,8 +122,8 @@ def weighted_infonce(
         use_fused = _serves(implementation, arguments.queries.dtype, queries.device.type)
         differentiated = torch.is_grad_enabled() and any(side.requires_grad for side in arguments[:3])
         if differentiated and not symmetric:
-            return _WeightedInfoNCE.apply(*arguments, weights, use_fused)
-        losses = _GroupedInfoNCE.apply(*arguments, symmetric, use_fused)
+            return _WeightedInfoNCE.apply(*arguments[:3], weights, arguments, use_fused)
+        losses = _GroupedInfoNCE.apply(*arguments[:3], arguments, symmetric, use_fused)
         return (weights * losses).sum(), losses.detach()
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
@@ -138,23 +139,18 @@ class _GroupedInfoNCE(torch.autograd.Function):
         queries: Tensor,
         documents: Tensor,
         temperature: Tensor,
-        positives: Tensor,
-        query_group: Tensor | None,
-        document_group: Tensor | None,
-        column_ids: Tensor | None,
-        positive_ids: Tensor | None,
-        known_ids: Tensor | None,
-        log_weights: Tensor | None,
-        margin: float | None,
+        arguments: Arguments,
         symmetric: bool,
         use_fused: bool,
     ) -> Tensor:
-        masks = query_group, document_group, column_ids, positive_ids, known_ids
+        positives, margin, log_weights = arguments.positives, arguments.margin, arguments.log_weights
+        groups = groups_on_host(arguments.query_group, arguments.document_group)
+        ids = arguments.column_ids, arguments.positive_ids, arguments.known_ids
         positive_scores, row_negatives, column_negatives = _core(use_fused).forward(
-            queries, documents, positives, None, temperature, *masks, margin, log_weights, symmetric
+            queries, documents, positives, None, temperature, *groups, *ids, margin, log_weights, symmetric
         )
         sums = positive_scores, row_negatives, column_negatives
-        ctx.save_for_backward(queries, documents, temperature, positives, *sums, *masks, log_weights)
+        ctx.save_for_backward(queries, documents, temperature, positives, *sums, *groups, *ids, log_weights)
         ctx.options = margin, symmetric, use_fused
         losses = softplus(row_negatives - positive_scores, threshold=SOFTPLUS_THRESHOLD)
         if not symmetric:
@@ -165,8 +161,8 @@ class _GroupedInfoNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        queries, documents, temperature, positives, *sums, log_weights = ctx.saved_tensors
-        positive_scores, row_negatives, column_negatives, *masks = sums
+        queries, documents, temperature, positives, *saved, log_weights = ctx.saved_tensors
+        positive_scores, row_negatives, column_negatives, *masks = saved
         margin, symmetric, use_fused = ctx.options
         column_totals = column_factors = None
         if symmetric:
@@ -185,7 +181,7 @@ class _GroupedInfoNCE(torch.autograd.Function):
         problem = queries, documents, positives, positive_scores, temperature, *masks, margin, log_weights
         shares = _finite(row_negatives), row_shares, positive_factors, column_totals, column_factors
         gradients = list(_core(use_fused).backward(*problem, *shares))
-        return *_gradients(ctx, queries, documents, temperature, gradients), *(None,) * 10
+        return *_gradients(ctx, queries, documents, temperature, gradients), None, None, None
 
 
 class _WeightedInfoNCE(torch.autograd.Function):
@@ -197,24 +193,20 @@ class _WeightedInfoNCE(torch.autograd.Function):
         queries: Tensor,
         documents: Tensor,
         temperature: Tensor,
-        positives: Tensor,
-        query_group: Tensor | None,
-        document_group: Tensor | None,
-        column_ids: Tensor | None,
-        positive_ids: Tensor | None,
-        known_ids: Tensor | None,
-        log_weights: Tensor | None,
-        margin: float | None,
         row_weights: Tensor,
+        arguments: Arguments,
         use_fused: bool,
     ) -> tuple[Tensor, Tensor]:
-        masks = query_group, document_group, column_ids, positive_ids, known_ids
+        groups = groups_on_host(arguments.query_group, arguments.document_group)
+        ids = arguments.column_ids, arguments.positive_ids, arguments.known_ids
+        masks = *groups, *ids, arguments.margin, arguments.log_weights
         losses, *gradients = _core(use_fused).forward_backward(
-            queries, documents, positives, row_weights, temperature, *masks, margin, log_weights
+            queries, documents, arguments.positives, row_weights, temperature, *masks
         )
-        of_weights = losses.clone() if ctx.needs_input_grad[11] else None
-        ctx.save_for_backward(queries, documents, temperature, positives, row_weights, of_weights, *masks, log_weights)
-        ctx.options = margin, use_fused
+        of_weights = losses.clone() if ctx.needs_input_grad[3] else None
+        problem = queries, documents, arguments.positives, row_weights, temperature, *groups, *ids
+        ctx.save_for_backward(*problem, arguments.log_weights, of_weights)
+        ctx.options = arguments.margin, use_fused
         # Not among the saved tensors: those are held until backward has returned, so its receiver would copy them.
         ctx.gradients = gradients
         ctx.mark_non_differentiable(losses)
@@ -223,16 +215,15 @@ class _WeightedInfoNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        queries, documents, temperature, positives, row_weights, of_weights, *masks, log_weights = ctx.saved_tensors
+        *problem, log_weights, of_weights = ctx.saved_tensors
         margin, use_fused = ctx.options
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # the graph was kept, and the gradients of the first backward are the caller's
-            _, *gradients = _core(use_fused).forward_backward(
-                queries, documents, positives, row_weights, temperature, *masks, margin, log_weights
-            )
+            _, *gradients = _core(use_fused).forward_backward(*problem, margin, log_weights)
         gradients = [gradient.mul_(upstream) for gradient in gradients]
+        queries, documents, _, _, temperature = problem[:5]
         weights_gradient = None if of_weights is None else upstream * of_weights
-        return *_gradients(ctx, queries, documents, temperature, gradients), *(None,) * 8, weights_gradient, None
+        return *_gradients(ctx, queries, documents, temperature, gradients), weights_gradient, None, None
 
 
 def _gradients(

@@ -48,14 +48,27 @@ def whole_blocks(num_rows: int, num_columns: int, rows_of: RowsOf = block_rows) 
     return [RowBlock(rows, columns) for rows in _ranges(0, num_rows, rows_of(num_columns))]
 
 
-def group_blocks(query_group: Tensor, document_group: Tensor, rows_of: RowsOf = block_rows) -> list[RowBlock]:
+def groups_on_host(query_group: Tensor | None, document_group: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both on the host, where the sizes of the groups decide the shapes of the tiles: one copy.
+
+    As they are where a CUDA graph is captured, which forbids the copy.
+    """
+    if query_group is None or document_group is None or not query_group.is_cuda:
+        return query_group, document_group
+    if torch.cuda.is_current_stream_capturing():
+        return query_group, document_group
+    both = torch.cat([query_group, document_group]).to("cpu")
+    return both[: len(query_group)], both[len(query_group) :]
+
+
+def group_blocks(
+    query_group: Tensor, document_group: Tensor, device: torch.device, rows_of: RowsOf = block_rows
+) -> list[RowBlock]:
     """Blocks that compare each row with the columns of its group; rows of a group without columns are in none.
 
     query_group     [rows] int64, in any order       document_group  [columns] int64, in any order
-    rows_of         columns of a group -> most rows of a block
+    device          of the embeddings                rows_of         columns of a group -> most rows of a block
     """
-    device = query_group.device
-    # The sizes of the groups decide the shapes of the tiles, so they are needed on the host: one copy a call.
     row_order, column_order, shapes = _sorted_by_shape(query_group.to("cpu"), document_group.to("cpu"))
     rows_on_device, columns_on_device = row_order.to(device), column_order.to(device)
     blocks: list[RowBlock] = []

@@ -256,7 +256,7 @@ def _blocks(
 ) -> list[RowBlock]:
     if query_group is None or document_group is None:
         return whole_blocks(len(queries), len(documents), rows_of)
-    return group_blocks(query_group, document_group, rows_of)
+    return group_blocks(query_group, document_group, queries.device, rows_of)
 
 
 def _scores_of_positives(

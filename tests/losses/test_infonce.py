@@ -121,9 +121,11 @@ def test_half_precision_gradients_are_as_good_as_their_type_at_every_temperature
     monkeypatch.undo()
     options = {"temperature": temperature, "symmetric": symmetric}
     upstream = torch.linspace(0.1, 1, 48)
-    hard = with_hard_negatives(1, 48, 192)
+    bound = HALF_BOUNDS[dtype]
     near_one = *embeddings(1, 48, 192, width=64, spread=0.05), torch.arange(48) * 4
-    for queries, documents, positives in (hard, near_one):
+    # Columns whose shares nearly cancel, as those of the other direction do near cosine 1, keep the error of each share.
+    cases = (with_hard_negatives(1, 48, 192), bound), (near_one, 5e-3 if symmetric else bound)
+    for (queries, documents, positives), most in cases:
         inputs = queries.to(dtype), documents.to(dtype), positives, upstream
         found = values_and_gradients(grouped_infonce, *inputs, implementation=implementation, **options)
         wanted = values_and_gradients(
@@ -131,7 +133,7 @@ def test_half_precision_gradients_are_as_good_as_their_type_at_every_temperature
         )
         assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
         assert distance(found[0], wanted[0]) <= 1e-4
-        assert max(distance(got, want) for got, want in zip(found[1:], wanted[1:], strict=True)) <= HALF_BOUNDS[dtype]
+        assert max(distance(got, want) for got, want in zip(found[1:], wanted[1:], strict=True)) <= most
 
 
 def test_float32_gradients_with_hard_negatives_at_the_lowest_temperature(monkeypatch, implementation):
@@ -206,11 +208,12 @@ def test_temperature_may_be_learned(implementation, symmetric):
         assert temperature.grad.item() == pytest.approx(wanted.grad.item(), rel=1e-4)  # float32 sums that cancel
 
 
-@pytest.mark.parametrize("masks", MASKS, ids=lambda names: "+".join(names) or "none")
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("masks", "symmetric"),
+    [(masks, False) for masks in MASKS] + [([], True), (MASKS[-1], True)],
+    ids=lambda value: "+".join(value) or "none" if isinstance(value, list) else "both" if value else "one",
+)
 def test_weighted_infonce_is_grouped_infonce_weighted(implementation, masks, symmetric):
-    if symmetric and "column_weights" in masks:
-        return
     queries, documents = (vectors.float() for vectors in embeddings(9, 7, 23))
     positives, options = choices(10, 7, 23)
     options = {name: options[name] for name in masks}

@@ -1,0 +1,232 @@
+"""The choice of the implementation, the operators as torch and its compiler see them, threads, and memory."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdro_hpc.losses import fused, grouped_infonce, infonce, torch_core, torch_ops, weighted_infonce
+from tdro_hpc.losses.library import Library, load
+from tests.reference.loss_cases import (
+    IMPLEMENTATIONS,
+    choices,
+    distance,
+    embeddings,
+    needs_library,
+    values_and_gradients,
+    with_hard_negatives,
+)
+
+ROOT = Path(__file__).parents[2]
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+NAMES = ["infonce_forward", "infonce_backward", "infonce_forward_backward"]
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    """As if nothing had been built."""
+    absent = Library(None, reason="libtdro_kernels.so is not built. Type `make build` in /somewhere.")
+    monkeypatch.setattr(fused, "_library", lambda: absent)
+    caches = infonce._library_serves, infonce._warn_of_slow_loss
+    for function in caches:
+        function.cache_clear()
+    yield
+    for function in caches:
+        function.cache_clear()
+
+
+def example(**options):
+    return grouped_infonce(torch.eye(2), torch.eye(2), torch.arange(2), temperature=0.5, **options)
+
+
+def test_without_the_library_auto_warns_once_and_says_what_to_type(no_library):
+    with pytest.warns(
+        UserWarning, match="plain torch, slower: libtdro_kernels.so is not built. Type `make build`"
+    ) as seen:
+        example()
+    assert len(seen) == 1 and seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        example()
+        grouped_infonce(torch.eye(2).half(), torch.eye(2).half(), torch.arange(2), temperature=0.5)
+
+
+def test_without_the_library_torch_and_float64_warn_of_nothing(no_library):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        example(implementation="torch")
+        grouped_infonce(torch.eye(2).double(), torch.eye(2).double(), torch.arange(2), temperature=0.5)
+
+
+def test_without_the_library_fused_is_an_error(no_library):
+    with pytest.raises(
+        ValueError, match="implementation is 'fused', but libtdro_kernels.so is not built. Type `make build`"
+    ):
+        example(implementation="fused")
+
+
+def test_a_library_without_kernels_for_a_device_says_so(monkeypatch):
+    monkeypatch.setattr(fused, "_library", lambda: Library(Path("x.so"), cpu=True, cuda=False))
+    assert fused.obstacle(torch.float16, "cpu") == ""
+    assert "x.so was built without cuda. Type `make build`" in fused.obstacle(torch.float32, "cuda")
+    assert "serves cpu and cuda, and the embeddings are on mps" in fused.obstacle(torch.float32, "mps")
+
+
+@needs_library
+def test_auto_takes_the_library_where_it_serves(monkeypatch):
+    called = []
+    plain = fused.forward
+    monkeypatch.setattr(fused, "forward", lambda *arguments: called.append(1) or plain(*arguments))
+    example()
+    assert called == [1]
+    grouped_infonce(torch.eye(2).double(), torch.eye(2).double(), torch.arange(2), temperature=0.5)
+    example(implementation="torch")
+    assert called == [1]
+
+
+@needs_library
+@pytest.mark.parametrize("name", NAMES)
+def test_the_compiled_operators_take_what_those_of_torch_take(name):
+    compiled = getattr(torch.ops.tdro_hpc, name).default._schema
+    of_torch = getattr(torch.ops.tdro_hpc, f"torch_{name}").default._schema
+    assert [(a.name, str(a.type)) for a in compiled.arguments] == [(a.name, str(a.type)) for a in of_torch.arguments]
+    assert [str(a.type) for a in compiled.returns] == [str(a.type) for a in of_torch.returns]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("operators", ["torch", pytest.param("compiled", marks=needs_library)])
+def test_operators_keep_to_their_schema_and_their_shapes(operators, name, masked):
+    assert operators == "torch" or fused.obstacle(torch.float32, "cpu") == ""
+    queries, documents = (vectors.float() for vectors in embeddings(1, 6, 14))
+    positives, options = choices(2, 6, 14)
+    columns = [options["query_group"], options["document_group"], options["document_ids"]]
+    masks = *columns, options["document_ids"][positives], options["known_positive_ids"], 0.05
+    masks = (*masks, options["column_weights"].log()) if masked else (None,) * 7
+    rows, temperature = torch.randn(6), torch.tensor(0.1)
+    rest = {
+        "infonce_forward": (None, temperature, *masks, not masked),
+        "infonce_backward": (rows, temperature, *masks, rows, rows, rows, *(torch.zeros(14), torch.ones(14))),
+        "infonce_forward_backward": (rows, temperature, *masks),
+    }[name]
+    operator = getattr(torch.ops.tdro_hpc, f"torch_{name}" if operators == "torch" else name).default
+    torch.library.opcheck(operator, (queries, documents, positives, *rest))
+
+
+COMPILED = {
+    "plain": {},
+    "masks": choices(2, 9, 40)[1],
+    "symmetric": {"symmetric": True},
+}
+
+
+@both
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED.keys())
+def test_a_function_with_the_loss_compiles_whole(implementation, weighted, options):
+    queries, documents = (vectors.float() for vectors in embeddings(1, 9, 40, width=16))
+    positives, weights = choices(2, 9, 40)[0], torch.linspace(-1, 2, 9)
+
+    def total(queries, documents, temperature):
+        keys = options | {"temperature": temperature, "implementation": implementation}
+        if weighted:
+            return weighted_infonce(2 * queries, documents, positives, row_weights=weights, **keys)[0]
+        return (grouped_infonce(2 * queries, documents, positives, **keys) * weights).sum()
+
+    results = []
+    torch._dynamo.reset()
+    for function in (total, torch.compile(total, fullgraph=True, backend="aot_eager")):
+        sides = (
+            queries.clone().requires_grad_(),
+            documents.clone().requires_grad_(),
+            torch.tensor(0.1, requires_grad=True),
+        )
+        loss = function(*sides)
+        loss.backward()
+        results.append([loss.detach(), *(side.grad for side in sides)])
+    for got, want in zip(*results, strict=True):
+        assert distance(got, want) <= 1e-6  # the same operators; the compiler may change the order of a sum
+    fixed = torch.compile(lambda q, d: total(q, d, 0.1), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(fixed(queries, documents), results[0][0])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_groups", [None, 7])
+def test_any_number_of_threads_gives_the_same_bits(dtype, num_groups):
+    queries, documents, positives = with_hard_negatives(1, 300, 1500, width=70)
+    inputs = queries.to(dtype), documents.to(dtype), positives % 40, torch.linspace(-1, 2, 300)
+    groups = {}
+    if num_groups is not None:
+        groups = {"query_group": torch.arange(300) % num_groups, "document_group": torch.arange(1500) % num_groups}
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for symmetric in (False, True):
+                keys = groups | {"temperature": 0.02, "implementation": "fused"}
+                results.append(values_and_gradients(grouped_infonce, *inputs, symmetric=symmetric, **keys))
+            sides = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_()
+            total, losses = weighted_infonce(*sides, inputs[2], row_weights=inputs[3], **keys)
+            total.backward()
+            results.append((losses, sides[0].grad, sides[1].grad))
+    finally:
+        torch.set_num_threads(before)
+    for first, *others in (results[0::3], results[1::3], results[2::3]):
+        for other in others:
+            assert all(torch.equal(got, want) for got, want in zip(first, other, strict=True))
+
+
+MEMORY = """
+import re, sys, torch
+from pathlib import Path
+from tdro_hpc.losses import grouped_infonce, weighted_infonce
+implementation, loss, rows, columns = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+def step(rows, columns):
+    queries, documents = (torch.randn(n, 32).mul_(0.1).requires_grad_() for n in (rows, columns))
+    inputs, options = (queries, documents, torch.arange(rows)), {"temperature": 0.1, "implementation": implementation}
+    if loss == "weighted":
+        weighted_infonce(*inputs, row_weights=torch.ones(rows), **options)[0].backward()
+    else:
+        grouped_infonce(*inputs, symmetric=loss == "symmetric", **options).mean().backward()
+def peak_mib():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+torch.set_num_threads(1)
+step(64, 256)
+before = peak_mib()
+step(rows, columns)
+print(peak_mib() - before)
+"""
+
+
+@both
+@pytest.mark.parametrize("loss", ["grouped", "symmetric", "weighted"])
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+def test_peak_memory_is_far_below_the_scores(implementation, loss):
+    rows, columns = 4096, 16384  # 256 MiB of scores; embeddings and their gradients are 5 MiB
+    command = [sys.executable, "-c", MEMORY, implementation, loss, str(rows), str(columns)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(answer.stdout) < 64
+
+
+def test_shapes_without_values_are_those_of_the_results():
+    queries, documents = embeddings(1, 6, 14)
+    positives, masks, temperature = torch.arange(6), (None,) * 7, torch.tensor(0.1, dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        sides = queries.to(dtype), documents.to(dtype), positives
+        for symmetric in (False, True):
+            arguments = *sides, None, temperature, *masks, symmetric
+            found, wanted = torch_ops.forward_shapes(*arguments), torch_core.forward(*arguments)
+            assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in wanted]
+        arguments = *sides, torch.ones(6), temperature, *masks
+        found, wanted = torch_ops.forward_backward_shapes(*arguments), torch_core.forward_backward(*arguments)
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in wanted]
+
+
+@needs_library
+def test_the_library_is_loaded_once():
+    assert load() is load() and fused._library() is fused._library()
