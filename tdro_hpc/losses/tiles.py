@@ -55,7 +55,7 @@ def groups_on_host(query_group: Tensor | None, document_group: Tensor | None) ->
     """
     if query_group is None or document_group is None or not query_group.is_cuda:
         return query_group, document_group
-    if torch.cuda.is_current_stream_capturing():
+    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         return query_group, document_group
     both = torch.cat([query_group, document_group]).to("cpu")
     return both[: len(query_group)], both[len(query_group) :]
