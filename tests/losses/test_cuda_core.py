@@ -1,6 +1,9 @@
 """How the CUDA implementation puts tiles together, on the CPU: against float64 with all scores in memory."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,3 +274,10 @@ def test_operators_are_served_on_cuda():
         cuda_core.register()
     for name in ("forward", "backward", "forward_backward"):
         assert has_kernel(f"tdro_hpc::infonce_{name}", "CUDA")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_the_benchmark_says_that_it_needs_a_gpu():
+    command = [sys.executable, "benchmarks/infonce_gpu.py"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "needs a CUDA device" in done.stdout
