@@ -17,6 +17,8 @@ _NO_EFFECT = {
     "data.loader_workers",
     "eval.batch_tokens",
     "eval.search",
+    "loss.implementation",
+    "loss.ring_above_mb",
     "model.gradient_checkpointing",
     "s2.weights",  # the choice is in the stage's name
 }

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from tdro_hpc.config.schema import Config, DataConfig, EvalConfig, S2Config, TaskConfig, TrainingConfig
+from tdro_hpc.config.schema import Config, DataConfig, EvalConfig, LossConfig, S2Config, TaskConfig, TrainingConfig
 from tdro_hpc.launch.keys import change_words, changed_keys, hash_of, result_keys
 from tdro_hpc.launch.stage import Stage
 from tdro_hpc.stages.graph import stage_graph
@@ -27,6 +27,7 @@ def test_keys_are_those_of_the_sections_of_the_stage():
         replace(CONFIG, data=DataConfig(loader_workers=7, cache_dir="/x")),
         replace(CONFIG, s0=TrainingConfig(save_every_steps=7, keep_checkpoints=9, log_every_steps=3)),
         replace(CONFIG, name="other", runs_dir="elsewhere"),
+        replace(CONFIG, loss=LossConfig(implementation="torch", ring_above_mb=0)),
         replace(CONFIG, eval=EvalConfig(batch_tokens=5), s2=S2Config(weights="ema")),
     ],
 )
@@ -41,6 +42,7 @@ def test_keys_of_speed_and_place_do_not_count(config):
         replace(CONFIG, seed=1),
         replace(CONFIG, s0=TrainingConfig(steps=700)),
         replace(CONFIG, data=DataConfig(query_max_tokens=64)),
+        replace(CONFIG, loss=LossConfig(chunk_tokens=64)),
         replace(CONFIG, data=DataConfig(tasks={"a.b": TaskConfig(file="x")})),
     ],
 )
