@@ -44,21 +44,26 @@ def steps_of_checkpoints(stage: Path):
     return sorted(int(path.name[5:]) for path in stage.glob("checkpoints/step-*"))
 
 
-@pytest.mark.parametrize(("world", "signals"), [(1, ("SIGTERM", "SIGINT")), (2, ("SIGINT", "SIGUSR2"))])
-def test_interrupted_equals_unbroken(world: int, signals: tuple[str, str], tmp_path: Path):
+RING_OF_CHUNKS = ["loss.gradient_cache=true", "loss.chunk_tokens=100", "loss.ring_above_mb=0"]
+
+
+@pytest.mark.parametrize(
+    ("world", "signals", "settings"), [(1, ("SIGTERM", "SIGINT"), []), (2, ("SIGINT", "SIGUSR2"), RING_OF_CHUNKS)]
+)
+def test_interrupted_equals_unbroken(world: int, signals: tuple[str, str], settings: list[str], tmp_path: Path):
     write_tasks(tmp_path / "data")
     # One launch: the unbroken s0 and s1, then both again with a signal to the last rank in the middle of a step.
     run_ranks(
         SCRIPT,
         tmp_path,
         world,
-        ["s0:unbroken", "s1:unbroken", f"s0:signal:2:{signals[0]}", f"s1:signal:4:{signals[1]}"],
+        [*settings, "s0:unbroken", "s1:unbroken", f"s0:signal:2:{signals[0]}", f"s1:signal:4:{signals[1]}"],
     )
     for stage in ("s0", "s1"):
         assert_same_bits(tmp_path / "unbroken" / stage, tmp_path / "signal" / stage)
     # kill -9 of every rank while s1 runs, some time after its first checkpoint; then the same line.
     shutil.copytree(tmp_path / "unbroken" / "s0", tmp_path / "killed" / "s0")
-    ranks = start_ranks(SCRIPT, tmp_path, world, ["s1:killed"])
+    ranks = start_ranks(SCRIPT, tmp_path, world, [*settings, "s1:killed"])
     try:
         wait_until(lambda: steps_of_checkpoints(tmp_path / "killed" / "s1"), "the first checkpoint")
     finally:
@@ -66,5 +71,5 @@ def test_interrupted_equals_unbroken(world: int, signals: tuple[str, str], tmp_p
             rank.kill()
             rank.wait()
     assert not (tmp_path / "killed" / "s1" / "out" / "model").exists()
-    run_ranks(SCRIPT, tmp_path, world, ["s1:killed"])
+    run_ranks(SCRIPT, tmp_path, world, [*settings, "s1:killed"])
     assert_same_bits(tmp_path / "unbroken" / "s1", tmp_path / "killed" / "s1")
