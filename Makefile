@@ -20,9 +20,12 @@ demo: $(VENV)/installed
 	echo "python -m tdro_hpc.submit stage=all config=demo cluster=local model=$$model model.autocast=$$precision"; \
 	$(BIN)/python -m tdro_hpc.submit stage=all config=demo cluster=local model=$$model model.autocast=$$precision
 
+# The tests on a real Slurm wait more than they compute, so they run beside the others; what they print comes last.
 test: tools $(VENV)/installed
 	@$(BUILD)
-	$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest tests/cluster > $(VENV)/cluster.log 2>&1 & cluster=$$!; trap 'kill $$cluster' INT TERM; \
+	$(BIN)/python -m pytest tests --ignore=tests/cluster; others=$$?; \
+	wait $$cluster; on_slurm=$$?; cat $(VENV)/cluster.log; exit $$((others | on_slurm))
 
 check: $(VENV)/installed
 	$(BIN)/ruff check setup.py tdro_hpc tests benchmarks slurm

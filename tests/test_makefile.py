@@ -36,12 +36,12 @@ def script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def make(root: Path, *words: str, **variables: str) -> str:
+def make(root: Path, *words: str, status: int = 0, **variables: str) -> str:
     """What make says."""
     environment = {name: value for name, value in os.environ.items() if name != "CXX"} | variables
     command = [str(shutil.which("make")), *words, "PYTHON=./python"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
@@ -58,13 +58,24 @@ def test_an_interrupted_environment_is_made_whole_and_made_once(checkout: Path):
 def test_the_library_is_built_before_the_tests_and_the_demo_and_required_by_make_build(checkout: Path):
     build = "setup.py -q build_ext --inplace"
     make(checkout, "-o", "tools", "test")
-    assert (checkout / "runs.txt").read_text().splitlines() == [build, "-m pytest tests"]
+    first, *pytests = (checkout / "runs.txt").read_text().splitlines()
+    assert first == build
+    assert sorted(pytests) == ["-m pytest tests --ignore=tests/cluster", "-m pytest tests/cluster"]
     (checkout / "runs.txt").unlink()
     make(checkout, "demo")
     assert (checkout / "runs.txt").read_text().splitlines()[0] == build
     (checkout / "runs.txt").unlink()
     make(checkout, "build")
     assert (checkout / "runs.txt").read_text().splitlines() == [f"{build} --required"]
+
+
+@pytest.mark.parametrize("failing", ["--ignore=tests/cluster", "tests/cluster"])
+def test_make_test_fails_and_shows_it_when_either_half_fails(checkout: Path, failing: str):
+    make(checkout, ".venv/installed")
+    fails = f'case " $* " in *" {failing} "*) echo "1 failed in $*"; exit 1;; *) echo "$* passed";; esac'
+    script(checkout / ".venv/bin/python", fails)
+    told = make(checkout, "-o", "tools", "test", status=2)
+    assert "1 failed" in told and "passed" in told
 
 
 @pytest.mark.parametrize(("missing", "package"), zip(TOOLS, ("g++", "chromium", "shellcheck"), strict=True))
