@@ -56,9 +56,15 @@ def checked_arguments(
         raise ValueError(
             f"false_negative_margin is {false_negative_margin}; it must be a finite number, or None for no such mask."
         )
-    _check_ids("positives", positives, (rows,), queries)
-    positives = positives.contiguous()
-    document_ids = _checked_ids("document_ids", document_ids, (columns,), queries)
+    positives = _checked_ids("positives", positives, (rows,), queries)
+    # Every call takes its time, and small batches are called often: what is None is not handed on.
+    if query_group is not None and document_group is not None:
+        query_group = _checked_ids("query_group", query_group, (rows,), queries)
+        document_group = _checked_ids("document_group", document_group, (columns,), queries)
+    if document_ids is not None:
+        document_ids = _checked_ids("document_ids", document_ids, (columns,), queries)
+    if known_positive_ids is not None:
+        known_positive_ids = _checked_ids("known_positive_ids", known_positive_ids, (rows, None), queries)
     column_ids = None if keep_duplicates and known_positive_ids is None else document_ids
     # index_select refuses numbers below 0, which would count from the end.
     positive_ids = None if keep_duplicates or column_ids is None else column_ids.index_select(0, positives)
@@ -67,12 +73,12 @@ def checked_arguments(
         documents,
         _checked_temperature(temperature, queries),
         positives,
-        _checked_ids("query_group", query_group, (rows,), queries),
-        _checked_ids("document_group", document_group, (columns,), queries),
+        query_group,
+        document_group,
         column_ids,
         positive_ids,
-        _checked_ids("known_positive_ids", known_positive_ids, (rows, None), queries),
-        _log_weights(column_weights, queries, columns),
+        known_positive_ids,
+        None if column_weights is None else _log_weights(column_weights, queries, columns),
         false_negative_margin,
     )
 
@@ -145,9 +151,7 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature is {temperature}; it must be a number > 0 (usual: 0.002 to 0.05).")
 
 
-def _log_weights(weights: Tensor | None, queries: Tensor, columns: int) -> Tensor | None:
-    if weights is None:
-        return None
+def _log_weights(weights: Tensor, queries: Tensor, columns: int) -> Tensor:
     _check_shape("column_weights", weights, (columns,), queries)
     if not weights.dtype.is_floating_point or weights.requires_grad:
         raise ValueError(
@@ -160,17 +164,11 @@ def _log_weights(weights: Tensor | None, queries: Tensor, columns: int) -> Tenso
     return weights.to(_dtype_of_sums(queries)).log()
 
 
-def _checked_ids(name: str, ids: Tensor | None, shape: tuple[int | None, ...], queries: Tensor) -> Tensor | None:
-    if ids is None:
-        return None
-    _check_ids(name, ids, shape, queries)
-    return ids.contiguous()
-
-
-def _check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], queries: Tensor) -> None:
+def _checked_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], queries: Tensor) -> Tensor:
     _check_shape(name, ids, shape, queries)
     if ids.dtype != torch.int64:
         raise ValueError(f"{name} is {ids.dtype}; it must be torch.int64. Use {name}.long().")
+    return ids.contiguous()
 
 
 def _check_shape(name: str, given: Tensor, shape: tuple[int | None, ...], queries: Tensor) -> None:

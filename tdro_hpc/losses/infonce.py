@@ -6,7 +6,8 @@ positive wins by far, and is exactly 0 for a row without negatives.
 """
 
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any
 
@@ -130,6 +131,17 @@ def weighted_infonce(
         raise
 
 
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """once_differentiable, which takes its time, where a graph of the backward itself is asked for."""
+    with_graph = once_differentiable(backward)
+
+    @wraps(backward)
+    def chosen(ctx: Any, *upstream: Tensor) -> Any:
+        return with_graph(ctx, *upstream) if torch.is_grad_enabled() else backward(ctx, *upstream)
+
+    return chosen
+
+
 class _GroupedInfoNCE(torch.autograd.Function):
     """Forward keeps one number a row, and one a column if symmetric; backward computes each score once more."""
 
@@ -149,26 +161,27 @@ class _GroupedInfoNCE(torch.autograd.Function):
         positive_scores, row_negatives, column_negatives = _core(use_fused).forward(
             queries, documents, positives, None, temperature, *groups, *ids, margin, log_weights, symmetric
         )
-        sums = positive_scores, row_negatives, column_negatives
+        excess = row_negatives - positive_scores
+        sums = positive_scores, row_negatives, column_negatives, excess
         ctx.save_for_backward(queries, documents, temperature, positives, *sums, *groups, *ids, log_weights)
         ctx.options = margin, symmetric, use_fused
-        losses = softplus(row_negatives - positive_scores, threshold=SOFTPLUS_THRESHOLD)
+        losses = softplus(excess, threshold=SOFTPLUS_THRESHOLD)
         if not symmetric:
             return losses
         excess = column_negatives.index_select(0, positives) - positive_scores
         return (losses + softplus(excess, threshold=SOFTPLUS_THRESHOLD)) / 2
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         queries, documents, temperature, positives, *saved, log_weights = ctx.saved_tensors
-        positive_scores, row_negatives, column_negatives, *masks = saved
+        positive_scores, row_negatives, column_negatives, excess, *masks = saved
         margin, symmetric, use_fused = ctx.options
         column_totals = column_factors = None
         if symmetric:
             upstream = upstream / 2
         # Each share is that of all negatives in the softmax: what their gradients sum up to, and the positive's loses.
-        row_shares = torch.sigmoid(row_negatives - positive_scores) * upstream
+        row_shares = torch.sigmoid(excess) * upstream
         positive_factors = -row_shares
         if symmetric:
             # A column's rows count in the losses of all rows whose positive it is.
@@ -213,7 +226,7 @@ class _WeightedInfoNCE(torch.autograd.Function):
         return (row_weights * losses).sum(), losses
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *problem, log_weights, of_weights = ctx.saved_tensors
         margin, use_fused = ctx.options
