@@ -3,32 +3,32 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 
 namespace tdro {
+
+// Memory that was given back is kept for the next call, up to a few megabytes: fresh pages cost more than small products.
+void* acquire(size_t bytes, size_t* held);
+void release(void* memory, size_t held);
 
 template <class Item>
 class Buffer {
  public:
   explicit Buffer(int64_t items = 0) { reset(items); }
-  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Buffer(Buffer&& other) noexcept : data_(other.data_), held_(other.held_) { other.data_ = nullptr; }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { reset(0); }
 
   void reset(int64_t items) {
-    std::free(data_);
-    data_ = nullptr;
-    if (items == 0) return;
-    data_ = static_cast<Item*>(std::aligned_alloc(64, (size_t(items) * sizeof(Item) + 63) / 64 * 64));
-    if (!data_) throw std::bad_alloc();
+    if (data_) release(data_, held_);
+    data_ = items ? static_cast<Item*>(acquire(size_t(items) * sizeof(Item), &held_)) : nullptr;
   }
   Item* data() const { return data_; }
   Item& operator[](int64_t i) const { return data_[i]; }
 
  private:
   Item* data_ = nullptr;
+  size_t held_ = 0;  // bytes
 };
 
 }  // namespace tdro

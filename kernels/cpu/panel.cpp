@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t STEP_BLOCKS = 6;  // of 32 dimensions that scores sum at a time: the operands stay in the first cache
 constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 96;
 constexpr int64_t MAX_STRIPS = 16, STRIP_COLUMNS = 384;
+constexpr int64_t HELD_BYTES = 4 << 20;
 
 }  // namespace
 
@@ -44,8 +45,10 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
     std::fill(&column_highest_[0], &column_highest_[0] + group_.columns.count, LOWEST);
     std::fill(&column_sums_[0], &column_sums_[0] + group_.columns.count, 0.0f);
   }
-  for (int64_t i = 0; i < std::min<int64_t>(parallel.threads, sizes.strips); ++i)
-    scratch_.emplace_back(lanes, sizes.tile_columns, problem_.width, kernels_.pairs);
+  const int64_t threads = std::min<int64_t>(parallel.threads, sizes.strips);
+  for (int64_t i = 0; i < threads; ++i) scratch_.emplace_back(int(i), lanes, sizes.tile_columns, kernels_.pairs);
+  for (int64_t i = 0; i < (sizes.hold ? tiles_ : threads); ++i)
+    packed_.emplace_back(sizes.tile_columns, problem_.width, kernels_.pairs);
 }
 
 void GroupRun::run() {
@@ -110,32 +113,33 @@ void GroupRun::pack_rows() {
     pack_lanes(rows, reinterpret_cast<float*>(&by_dimension_[0]));
 }
 
-GroupRun::Tile GroupRun::tile_at(int64_t number) const {
+GroupRun::Tile GroupRun::tile_at(int64_t number, int thread) const {
   const int64_t first = number * sizes_.tile_columns;
   const int64_t count = std::min(sizes_.tile_columns, group_.columns.count - first);
-  return {first, count, kernels_.pairs ? (count + 1) / 2 * 2 : count};
+  return {first, count, kernels_.pairs ? (count + 1) / 2 * 2 : count, packed_[sizes_.hold ? number : thread]};
 }
 
-void GroupRun::pack_documents(const Tile& tile, Scratch& scratch, bool for_gradient) const {
+void GroupRun::pack_documents(const Tile& tile, bool for_gradient) const {
+  if (sizes_.hold && (first_ > 0 || (for_gradient && sizes_.keep && !kernels_.pairs))) return;  // done before
   const Span& members = group_.columns;
   const Rows rows{problem_.documents, problem_.type, problem_.width, members.first + tile.first, tile.count,
                   members.index ? members.index + tile.first : nullptr};
   if (!kernels_.pairs) {
-    pack_lanes(rows, reinterpret_cast<float*>(scratch.documents.data()));
+    pack_lanes(rows, reinterpret_cast<float*>(tile.documents.for_scores.data()));
     return;
   }
-  if (!for_gradient || !sizes_.keep) pack_lane_pairs(rows, tile.padded, scratch.documents.data());
-  if (for_gradient) pack_row_pairs(rows, tile.padded, scratch.document_pairs.data());
+  if (!for_gradient || !sizes_.keep) pack_lane_pairs(rows, tile.padded, tile.documents.for_scores.data());
+  if (for_gradient) pack_row_pairs(rows, tile.padded, tile.documents.pairs_for_queries.data());
 }
 
 // Sums of q . d, for which the positives' own columns and the padding are taken out at once.
-void GroupRun::raw_scores(const Tile& tile, Scratch& scratch, float* scores) const {
+void GroupRun::raw_scores(const Tile& tile, float* scores) const {
   const int64_t block_lanes = kernels_.pairs ? LANES / 2 : LANES;
   const int64_t steps = kernels_.pairs ? (problem_.width + 1) / 2 : problem_.width;  // of the summed axis
   for (int64_t done = 0; done < steps; done += STEP_BLOCKS * block_lanes)
     for (int64_t block = 0; block < row_blocks_; ++block)
       kernels_.product_rows({tile.count, std::min(STEP_BLOCKS * block_lanes, steps - done),
-                             &scratch.documents[done * tile.padded], tile.padded * block_lanes,
+                             &tile.documents.for_scores[done * tile.padded], tile.padded * block_lanes,
                              &transposed_[(block * steps + done) * LANES], scores + block * tile.padded * LANES,
                              done > 0});
   for (int64_t block = 0; block < row_blocks_ && tile.padded > tile.count; ++block)
@@ -167,11 +171,11 @@ void GroupRun::statistics_of_strip(int64_t strip, Scratch& scratch) {
   std::fill_n(best, lanes_, LOWEST);
   std::fill_n(sums, lanes_, 0.0f);
   for (int64_t number = strip_start(strip); number < strip_start(strip + 1); ++number) {
-    const Tile tile = tile_at(number);
+    const Tile tile = tile_at(number, scratch.thread);
     float* scores = sizes_.keep ? &kept_[number * sizes_.tile_columns * lanes_] : scratch.scores.data();
     float* highest = sizes_.keep ? &kept_highest_[number * lanes_] : scratch.factors.data();
-    pack_documents(tile, scratch, false);
-    raw_scores(tile, scratch, scores);
+    pack_documents(tile, false);
+    raw_scores(tile, scores);
     finish(tile, scratch, scores, highest);
     if (call_.column_negatives) merge_columns(tile, scratch, scores);
     kernels_.exponentials(scores, row_blocks_, tile.padded, highest, scratch.sums.data());
@@ -236,7 +240,7 @@ Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const int64_t even = (columns + strips - 1) / strips;
   const int64_t tile = std::min(MAX_TILE_COLUMNS, (even + 11) / 12 * 12);  // 12: what a product holds at a time
   Sizes sizes{std::min(rows, MAX_PANEL_ROWS), tile, std::min(strips, (columns + tile - 1) / tile),
-              call.losses != nullptr};
+              call.losses != nullptr, 4 * columns * width <= HELD_BYTES};
   if (!sizes.keep) return sizes;
   const int64_t bytes_a_row = 4 * (columns + tile + (strips + 2) * width);
   const int64_t fitting = workspace / bytes_a_row / LANES * LANES;

@@ -34,6 +34,7 @@ struct Call {
 struct Sizes {
   int64_t panel_rows, tile_columns, strips;
   bool keep;  // the panel's exponentials, so that the gradients need no second product of the scores
+  bool hold;  // all documents packed, so that they are packed once
 };
 
 // Sizes for a group. keep only where a panel of them fits into `workspace` bytes.

@@ -15,7 +15,7 @@ void GroupRun::shares_of(const Tile& tile, int64_t number, Scratch& scratch) con
     kernels_.scale_rows(&kept_[number * sizes_.tile_columns * lanes_], shares, row_blocks_, tile.padded,
                         scratch.factors.data());
   } else {
-    raw_scores(tile, scratch, shares);
+    raw_scores(tile, shares);
     finish(tile, scratch, shares, scratch.sums.data());
     float *totals = nullptr, *factors = nullptr;
     if (call_.shares && call_.shares->column_totals) {
@@ -38,15 +38,16 @@ void GroupRun::shares_of(const Tile& tile, int64_t number, Scratch& scratch) con
 void GroupRun::gradients_of_strip(int64_t strip, Scratch& scratch) {
   std::fill_n(&strip_sums_[strip * lanes_], lanes_, 0.0f);  // from here on: what rounding took from the row's shares
   for (int64_t number = strip_start(strip); number < strip_start(strip + 1); ++number) {
-    const Tile tile = tile_at(number);
-    pack_documents(tile, scratch, true);
+    const Tile tile = tile_at(number, scratch.thread);
+    pack_documents(tile, true);
     shares_of(tile, number, scratch);
     add_gradients(tile, strip, number == strip_start(strip), scratch);
   }
 }
 
 void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch) {
-  const void *by_lane = scratch.scores.data(), *by_row = scratch.scores.data(), *documents = scratch.documents.data();
+  const void *by_lane = scratch.scores.data(), *by_row = scratch.scores.data();
+  const void* documents = tile.documents.for_scores.data();
   int64_t column_steps = tile.padded, row_steps = rows_, block_lanes = LANES;
   if (kernels_.pairs) {
     kernels_.lane_pairs(scratch.scores.data(), scratch.share_lanes.data(), row_blocks_ * tile.padded);
@@ -55,7 +56,7 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
                          &scratch.share_rows[block * tile.padded / 2 * LANES], tile.padded,
                          &strip_sums_[strip * lanes_ + block * LANES]);
     by_lane = scratch.share_lanes.data(), by_row = scratch.share_rows.data();
-    documents = scratch.document_pairs.data();
+    documents = tile.documents.pairs_for_queries.data();
     column_steps /= 2, row_steps = (rows_ + 1) / 2, block_lanes = LANES / 2;
   }
   const uint32_t *shares = static_cast<const uint32_t*>(by_row), *packed = static_cast<const uint32_t*>(documents);

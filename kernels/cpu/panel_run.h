@@ -13,10 +13,9 @@ constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 // A thread's own room for one tile.
 struct Scratch {
-  Scratch(int64_t rows, int64_t columns, int64_t width, bool pairs)
-      : scores(rows * columns),
-        documents(blocks_of(width) * columns * (pairs ? LANES / 2 : LANES)),
-        document_pairs(pairs ? blocks_of(width) * columns / 2 * LANES : 0),
+  Scratch(int owner, int64_t rows, int64_t columns, bool pairs)
+      : thread(owner),
+        scores(rows * columns),
         share_lanes(pairs ? rows * columns / 2 : 0),
         share_rows(pairs ? rows * columns / 2 : 0),
         gradient(columns * LANES),
@@ -25,11 +24,21 @@ struct Scratch {
         column_floats(5 * columns),
         column_ids(columns) {}
 
+  int thread;
   Buffer<float> scores;  // [row block][column][32]
-  Buffer<uint32_t> documents, document_pairs, share_lanes, share_rows;
+  Buffer<uint32_t> share_lanes, share_rows;
   Buffer<float> gradient;  // [column][32]
   Buffer<float> factors, sums, column_floats;
   Buffer<int32_t> column_ids;
+};
+
+// A tile's documents, packed for the scores and for dQ; the same for both but in pairs.
+struct PackedTile {
+  PackedTile(int64_t columns, int64_t width, bool pairs)
+      : for_scores(blocks_of(width) * columns * (pairs ? LANES / 2 : LANES)),
+        pairs_for_queries(pairs ? blocks_of(width) * columns / 2 * LANES : 0) {}
+
+  Buffer<uint32_t> for_scores, pairs_for_queries;
 };
 
 class GroupRun {
@@ -40,6 +49,7 @@ class GroupRun {
  private:
   struct Tile {
     int64_t first, count, padded;  // columns of the group; padded to pairs
+    const PackedTile& documents;
   };
 
   void begin_panel();
@@ -51,9 +61,9 @@ class GroupRun {
   void end_panel();
   void end_columns();
 
-  Tile tile_at(int64_t number) const;
-  void pack_documents(const Tile& tile, Scratch& scratch, bool for_gradient) const;
-  void raw_scores(const Tile& tile, Scratch& scratch, float* scores) const;
+  Tile tile_at(int64_t number, int thread) const;
+  void pack_documents(const Tile& tile, bool for_gradient) const;
+  void raw_scores(const Tile& tile, float* scores) const;
   void finish(const Tile& tile, Scratch& scratch, float* scores, float* highest) const;
   void merge_columns(const Tile& tile, Scratch& scratch, const float* scores);
   void shares_of(const Tile& tile, int64_t number, Scratch& scratch) const;
@@ -80,6 +90,7 @@ class GroupRun {
   Buffer<float> query_parts_;                 // [strip][dimension block][lanes][32]
   Buffer<float> column_highest_, column_sums_;  // [columns of the group]
   std::vector<Scratch> scratch_;
+  std::vector<PackedTile> packed_;  // one a tile where they are held, else one a thread
 };
 
 }  // namespace tdro

@@ -1,0 +1,68 @@
+#include "buffer.h"
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace tdro {
+namespace {
+
+constexpr size_t KEPT_BYTES = 8 << 20, PAGE = 4096;
+
+struct Kept {
+  void* memory;
+  size_t bytes;
+};
+
+struct Store {
+  std::mutex mutex;
+  std::vector<Kept> kept;
+  size_t bytes = 0;
+};
+
+Store& store() {
+  static Store* only = new Store;  // never destroyed: threads may end after it would be
+  return *only;
+}
+
+}  // namespace
+
+void* acquire(size_t bytes, size_t* held) {
+  const size_t wanted = (bytes + PAGE - 1) / PAGE * PAGE;
+  {
+    Store& from = store();
+    const std::lock_guard<std::mutex> lock(from.mutex);
+    size_t best = from.kept.size();
+    for (size_t i = 0; i < from.kept.size(); ++i)
+      if (from.kept[i].bytes >= wanted && from.kept[i].bytes <= 2 * wanted &&
+          (best == from.kept.size() || from.kept[i].bytes < from.kept[best].bytes))
+        best = i;
+    if (best < from.kept.size()) {
+      const Kept found = from.kept[best];
+      from.kept.erase(from.kept.begin() + best);
+      from.bytes -= found.bytes;
+      *held = found.bytes;
+      return found.memory;
+    }
+  }
+  void* memory = std::aligned_alloc(64, wanted);
+  if (!memory) throw std::bad_alloc();
+  *held = wanted;
+  return memory;
+}
+
+void release(void* memory, size_t held) {
+  {
+    Store& to = store();
+    const std::lock_guard<std::mutex> lock(to.mutex);
+    if (to.bytes + held <= KEPT_BYTES) {
+      to.kept.push_back({memory, held});
+      to.bytes += held;
+      return;
+    }
+  }
+  std::free(memory);
+}
+
+}  // namespace tdro
