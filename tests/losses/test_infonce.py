@@ -146,9 +146,10 @@ def test_float32_gradients_with_hard_negatives_at_the_lowest_temperature(monkeyp
     assert max(distance(got, want) for got, want in zip(found[1:], wanted[1:], strict=True)) <= 2e-4
 
 
-def test_autocast_and_lower_matmul_precision_change_nothing(implementation):
-    queries, documents = (vectors.float() for vectors in embeddings(5, 6, 12, spread=0.05))
-    inputs = queries, documents, torch.arange(6) * 2, torch.ones(6)
+def test_autocast_and_lower_matmul_precision_change_nothing(monkeypatch, implementation):
+    monkeypatch.undo()  # small products are made in float32 anyhow
+    queries, documents = (vectors.float() for vectors in embeddings(5, 256, 256, width=256, spread=0.05))
+    inputs = queries, documents, torch.arange(256), torch.ones(256)
     options = {"temperature": 0.002, "implementation": implementation, "symmetric": True}
     plain = values_and_gradients(grouped_infonce, *inputs, **options)
     torch.set_float32_matmul_precision("medium")
@@ -159,6 +160,20 @@ def test_autocast_and_lower_matmul_precision_change_nothing(implementation):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert all(torch.equal(got, want) for got, want in zip(found, plain, strict=True))
+
+
+def test_precision_set_for_a_backend_changes_nothing(monkeypatch, implementation):
+    monkeypatch.undo()
+    queries, documents = (vectors.float() for vectors in embeddings(5, 256, 256, width=256, spread=0.05))
+    inputs = queries, documents, torch.arange(256), torch.ones(256)
+    options = {"temperature": 0.002, "implementation": implementation}
+    plain = values_and_gradients(grouped_infonce, *inputs, **options)
+    for backend, lower in ((torch.backends.cuda.matmul, "tf32"), (torch.backends.mkldnn.matmul, "bf16")):
+        monkeypatch.setattr(backend, "fp32_precision", lower)
+        found = values_and_gradients(grouped_infonce, *inputs, **options)
+        assert backend.fp32_precision == lower
+        assert all(torch.equal(got, want) for got, want in zip(found, plain, strict=True))
+        monkeypatch.undo()
 
 
 def test_two_float_types_give_each_side_its_own_gradient(implementation):
@@ -295,7 +310,9 @@ def test_losses_may_be_changed_in_place_before_the_backward(implementation):
     grouped_infonce(*inputs, **options).mul_(3).sum().backward()
     torch.testing.assert_close(queries.grad, plain[1])
     queries.grad = None
-    total, losses = weighted_infonce(*inputs, row_weights=torch.full((4,), 3.0), **options)
+    weights = torch.full((4,), 3.0, requires_grad=True)
+    total, losses = weighted_infonce(*inputs, row_weights=weights, **options)
     losses.zero_()
     total.backward()
     torch.testing.assert_close(queries.grad, plain[1])
+    torch.testing.assert_close(weights.grad, plain[0])

@@ -73,6 +73,11 @@ def test_scores_past_88_do_not_overflow(implementation, score, symmetric):
     back = torch.tensor([0.6931472, 0.0, 0.0])  # row 2 is a negative of column 1, at 0 as row 0 is
     torch.testing.assert_close(losses, (forth + back) / 2 if symmetric else forth)
     assert all(gradient.isfinite().all() and (gradient != 0).any() for gradient in gradients)
+    sides = queries.requires_grad_(), documents.requires_grad_()
+    total, again = weighted_infonce(*sides, inputs[2], row_weights=inputs[3], **options)
+    total.backward()
+    torch.testing.assert_close(again, losses)
+    torch.testing.assert_close([side.grad for side in sides], gradients)
 
 
 @both
