@@ -123,7 +123,7 @@ def test_half_precision_gradients_are_as_good_as_their_type_at_every_temperature
     upstream = torch.linspace(0.1, 1, 48)
     bound = HALF_BOUNDS[dtype]
     near_one = *embeddings(1, 48, 192, width=64, spread=0.05), torch.arange(48) * 4
-    # Columns whose shares nearly cancel, as those of the other direction do near cosine 1, keep the error of each share.
+    # Where the shares of a column nearly cancel, as in the other direction near cosine 1, the error of each one is left.
     cases = (with_hard_negatives(1, 48, 192), bound), (near_one, 5e-3 if symmetric else bound)
     for (queries, documents, positives), most in cases:
         inputs = queries.to(dtype), documents.to(dtype), positives, upstream
@@ -169,11 +169,13 @@ def test_precision_set_for_a_backend_changes_nothing(monkeypatch, implementation
     options = {"temperature": 0.002, "implementation": implementation}
     plain = values_and_gradients(grouped_infonce, *inputs, **options)
     for backend, lower in ((torch.backends.cuda.matmul, "tf32"), (torch.backends.mkldnn.matmul, "bf16")):
-        monkeypatch.setattr(backend, "fp32_precision", lower)
-        found = values_and_gradients(grouped_infonce, *inputs, **options)
-        assert backend.fp32_precision == lower
+        before, backend.fp32_precision = backend.fp32_precision, lower
+        try:
+            found = values_and_gradients(grouped_infonce, *inputs, **options)
+            assert backend.fp32_precision == lower
+        finally:
+            backend.fp32_precision = before
         assert all(torch.equal(got, want) for got, want in zip(found, plain, strict=True))
-        monkeypatch.undo()
 
 
 def test_two_float_types_give_each_side_its_own_gradient(implementation):
