@@ -123,7 +123,7 @@ def test_half_precision_gradients_are_as_good_as_their_type_at_every_temperature
     upstream = torch.linspace(0.1, 1, 48)
     bound = HALF_BOUNDS[dtype]
     near_one = *embeddings(1, 48, 192, width=64, spread=0.05), torch.arange(48) * 4
-    # Where the shares of a column nearly cancel, as in the other direction near cosine 1, the error of each one is left.
+    # Where the shares of a column nearly cancel, as in the other direction near cosine 1, the error of each is left.
     cases = (with_hard_negatives(1, 48, 192), bound), (near_one, 5e-3 if symmetric else bound)
     for (queries, documents, positives), most in cases:
         inputs = queries.to(dtype), documents.to(dtype), positives, upstream
