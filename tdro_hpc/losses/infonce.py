@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from tdro_hpc.config.schema import LOSS_IMPLEMENTATIONS
 from tdro_hpc.losses import fused, torch_core, torch_ops
 from tdro_hpc.losses.arguments import Arguments, checked_arguments, checked_row_weights, refuse_positives_outside
 from tdro_hpc.losses.tiles import groups_on_host
 from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, add_rows
-
-IMPLEMENTATIONS = "auto", "fused", "torch"
 
 
 def grouped_infonce(
@@ -280,8 +279,8 @@ def _serves(implementation: str, dtype: torch.dtype, device_type: str) -> bool:
 @cache
 def _library_serves(implementation: str, dtype: torch.dtype, device_type: str) -> bool:
     """Whether the compiled library computes this loss."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}.")
+    if implementation not in LOSS_IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {implementation!r}; it must be one of {', '.join(LOSS_IMPLEMENTATIONS)}.")
     if implementation == "torch":
         return False
     obstacle = fused.obstacle(dtype, device_type)
