@@ -261,7 +261,7 @@ def group_tiles(
 
     query_group, document_group   int64 on the host. A group without rows or without columns is in no tile.
     """
-    row_order, column_order, shapes = tiles._sorted_by_shape(query_group, document_group)
+    row_order, column_order, shapes = tiles.sorted_by_shape(query_group, document_group)
     row_bytes = max(_copied_bytes(queries), _copied_bytes(documents))
     found: list[Tile] = []
     first_row = first_column = 0

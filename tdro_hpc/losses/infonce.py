@@ -72,7 +72,7 @@ def grouped_infonce(
             column_weights,
             symmetric,
         )
-        use_fused = _serves(implementation, arguments.queries.dtype, queries.device.type)
+        use_fused = fused_serves(implementation, arguments.queries.dtype, queries.device.type)
         return _GroupedInfoNCE.apply(*arguments[:3], arguments, symmetric, use_fused)
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
@@ -119,7 +119,7 @@ def weighted_infonce(
             symmetric,
         )
         weights = checked_row_weights(row_weights, arguments.queries)
-        use_fused = _serves(implementation, arguments.queries.dtype, queries.device.type)
+        use_fused = fused_serves(implementation, arguments.queries.dtype, queries.device.type)
         differentiated = torch.is_grad_enabled() and any(side.requires_grad for side in arguments[:3])
         if differentiated and not symmetric:
             return _WeightedInfoNCE.apply(*arguments[:3], weights, arguments, use_fused)
@@ -157,7 +157,7 @@ class _GroupedInfoNCE(torch.autograd.Function):
         positives, margin, log_weights = arguments.positives, arguments.margin, arguments.log_weights
         groups = groups_on_host(arguments.query_group, arguments.document_group)
         ids = arguments.column_ids, arguments.positive_ids, arguments.known_ids
-        positive_scores, row_negatives, column_negatives = _core(use_fused).forward(
+        positive_scores, row_negatives, column_negatives = core_of(use_fused).forward(
             queries, documents, positives, None, temperature, *groups, *ids, margin, log_weights, symmetric
         )
         excess = row_negatives - positive_scores
@@ -189,10 +189,10 @@ class _GroupedInfoNCE(torch.autograd.Function):
             positive_factors = positive_factors - column_shares
             column_factors = torch.zeros_like(column_negatives)
             add_rows(column_factors, positives, column_shares)
-            column_totals = _finite(column_negatives)
+            column_totals = finite_sums(column_negatives)
         problem = queries, documents, positives, positive_scores, temperature, *masks, margin, log_weights
-        shares = _finite(row_negatives), row_shares, positive_factors, column_totals, column_factors
-        gradients = list(_core(use_fused).backward(*problem, *shares))
+        shares = finite_sums(row_negatives), row_shares, positive_factors, column_totals, column_factors
+        gradients = list(core_of(use_fused).backward(*problem, *shares))
         return *_gradients(ctx, queries, documents, temperature, gradients), None, None, None
 
 
@@ -212,7 +212,7 @@ class _WeightedInfoNCE(torch.autograd.Function):
         groups = groups_on_host(arguments.query_group, arguments.document_group)
         ids = arguments.column_ids, arguments.positive_ids, arguments.known_ids
         masks = *groups, *ids, arguments.margin, arguments.log_weights
-        losses, *gradients = _core(use_fused).forward_backward(
+        losses, *gradients = core_of(use_fused).forward_backward(
             queries, documents, arguments.positives, row_weights, temperature, *masks
         )
         of_weights = losses.clone() if ctx.needs_input_grad[3] else None
@@ -231,7 +231,7 @@ class _WeightedInfoNCE(torch.autograd.Function):
         margin, use_fused = ctx.options
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # the graph was kept, and the gradients of the first backward are the caller's
-            _, *gradients = _core(use_fused).forward_backward(*problem, margin, log_weights)
+            _, *gradients = core_of(use_fused).forward_backward(*problem, margin, log_weights)
         gradients = [gradient.mul_(upstream) for gradient in gradients]
         queries, documents, _, _, temperature = problem[:5]
         weights_gradient = None if of_weights is None else upstream * of_weights
@@ -260,19 +260,21 @@ def _last(gradients: list[Tensor], dtype: torch.dtype | None) -> Tensor | None:
     return None if dtype is None else gradient.to(dtype)
 
 
-def _finite(sums: Tensor) -> Tensor:
+def finite_sums(sums: Tensor) -> Tensor:
     """The logsumexps, with the least number in place of those over nothing, so that a difference is never NaN."""
     return sums.clamp(min=torch.finfo(sums.dtype).min)
 
 
-def _core(use_fused: bool) -> ModuleType:
+def core_of(use_fused: bool) -> ModuleType:
+    """The module whose forward, backward and forward_backward compute the loss."""
     if use_fused:
         return fused
     return torch_ops if torch.compiler.is_compiling() else torch_core
 
 
 @torch.compiler.assume_constant_result
-def _serves(implementation: str, dtype: torch.dtype, device_type: str) -> bool:
+def fused_serves(implementation: str, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether the compiled library computes the loss of such embeddings; a ValueError where it must and cannot."""
     return _library_serves(implementation, dtype, device_type)
 
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from tdro_hpc.losses.arguments import checked_arguments, refuse_positives_outside
-from tdro_hpc.losses.infonce import _core, _finite, _serves
+from tdro_hpc.losses.infonce import core_of, finite_sums, fused_serves
 from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD
 from tdro_hpc.parallel.gather import pass_on
 from tdro_hpc.parallel.process import group_rank
@@ -64,7 +64,7 @@ def ring_infonce(
             None,
             False,
         )
-        use_fused = _serves(implementation, arguments.queries.dtype, queries.device.type)
+        use_fused = fused_serves(implementation, arguments.queries.dtype, queries.device.type)
         return _RingInfoNCE.apply(*arguments, sizes, use_fused)
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
@@ -149,15 +149,15 @@ class _Rows:
 
     def sums(self, columns: "_Circle", positive_scores: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scores of the positives [rows], and the logsumexp of the negatives among the columns that are here [rows]."""
-        found = _core(self.use_fused).forward(*self._problem(columns, positive_scores), False)
+        found = core_of(self.use_fused).forward(*self._problem(columns, positive_scores), False)
         return found[0], found[1]
 
     def gradients(
         self, columns: "_Circle", positive_scores: Tensor, row_negatives: Tensor, shares: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Of the queries and of the columns that are here, where `shares` [rows] is asked of a row's negatives."""
-        of_rows = _finite(row_negatives), shares, -shares
-        return _core(self.use_fused).backward(*self._problem(columns, positive_scores), *of_rows, None, None)
+        of_rows = finite_sums(row_negatives), shares, -shares
+        return core_of(self.use_fused).backward(*self._problem(columns, positive_scores), *of_rows, None, None)
 
     def _problem(self, columns: "_Circle", positive_scores: Tensor | None) -> tuple[Any, ...]:
         documents, *labels = columns.here

@@ -69,7 +69,7 @@ def group_blocks(
     query_group     [rows] int64, in any order       document_group  [columns] int64, in any order
     device          of the embeddings                rows_of         columns of a group -> most rows of a block
     """
-    row_order, column_order, shapes = _sorted_by_shape(query_group.to("cpu"), document_group.to("cpu"))
+    row_order, column_order, shapes = sorted_by_shape(query_group.to("cpu"), document_group.to("cpu"))
     rows_on_device, columns_on_device = row_order.to(device), column_order.to(device)
     blocks: list[RowBlock] = []
     first_row = first_column = 0
@@ -82,7 +82,7 @@ def group_blocks(
     return blocks
 
 
-def _sorted_by_shape(query_group: Tensor, document_group: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
+def sorted_by_shape(query_group: Tensor, document_group: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
     """Rows and columns ordered so that groups are together, and groups of one shape are neighbours.
 
     returns  row order, column order, and (rows, columns, number of groups) of each shape, in that order
