@@ -38,7 +38,8 @@ def script(path: Path, text: str) -> None:
 
 def make(root: Path, *words: str, status: int = 0, **variables: str) -> str:
     """What make says."""
-    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | variables
+    outer = "CXX", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON"  # of the make that these tests may run under
+    environment = {name: value for name, value in os.environ.items() if name not in outer} | variables
     command = [str(shutil.which("make")), *words, "PYTHON=./python"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stdout + done.stderr
