@@ -17,6 +17,7 @@ NEGATIVES = ("group", "task", "batch", "world")
 BATCHINGS = ("homogeneous", "mixed")
 MEASUREMENTS = ("ratio_of_means", "mean_of_ratios", "excess", "loss")
 WEIGHT_OPTIMIZERS = ("sgd", "adamw", "adagrad", "rmsprop")
+ENGINES = ("torch", "deepspeed", "auto")
 LOSS_IMPLEMENTATIONS = ("auto", "fused", "torch")
 FORMATS = ("tdro", "llm_embedder", "pairs", "beir", "msmarco")
 
@@ -120,16 +121,25 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks of a stage work together."""
+    """How the ranks of a stage work together: docs/parallel.md. Ranks of a run = pp x dp x tp."""
 
-    engine: str = "torch"  # torch = one process or DistributedDataParallel
+    engine: str = "torch"  # torch = one process or DistributedDataParallel; deepspeed; auto = a layout that fits
+    zero: int = 0  # deepspeed: 1 splits the optimiser over the data ranks, 2 the gradients too, 3 the weights too
+    offload: bool = False  # deepspeed, zero 1 to 3: optimiser and masters live in the memory of the node
+    pp: int = 1  # deepspeed: stages of the pipeline, each holds a part of the layers
+    tp: int = 1  # deepspeed: ranks that share every layer
+    dp: int = 0  # data ranks, each reads its own rows; 0 = what is left of the ranks, else checked
     backend: str = "auto"  # auto = nccl where CUDA is, else gloo
     threads_per_rank: int = 0  # CPU threads of one rank; 0 = cores of the node divided by its ranks
     timeout_seconds: int = 1800  # a collective that waits longer ends the run
 
     def __post_init__(self) -> None:
         require(
-            one_of("parallel.engine", self.engine, ("torch",))
+            one_of("parallel.engine", self.engine, ENGINES)
+            + between("parallel.zero", self.zero, 0, 3, "0 to 3")
+            + at_least("parallel.pp", self.pp, 1, "1 to 8")
+            + at_least("parallel.tp", self.tp, 1, "1 to 8")
+            + at_least("parallel.dp", self.dp, 0, "0")
             + one_of("parallel.backend", self.backend, ("auto", "gloo", "nccl"))
             + at_least("parallel.threads_per_rank", self.threads_per_rank, 0, "0")
             + at_least("parallel.timeout_seconds", self.timeout_seconds, 10, "600 to 3600")
