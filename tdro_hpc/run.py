@@ -134,9 +134,7 @@ def run_rank(
     from tdro_hpc.parallel.process import end_process, start_process, wait_for_all
     from tdro_hpc.training.stop import Stopped, install_stop_handlers
 
-    flag = install_stop_handlers()
-    for number in early:
-        flag.request(number)
+    flag = install_stop_handlers(early)
     finish = partial(_finish, config, stage, stage_dir, place, began) if verdict is None and place.rank == 0 else None
     facts = _facts_of(config, stage, stage_dir.parent, place) if finish else {}
     run = function_of(stage.kind)
@@ -148,6 +146,7 @@ def run_rank(
             local_rank=place.local_rank,
             rendezvous=place.rendezvous,
             local_world=place.local_world,
+            meshed=stage.trains,
         )
         verdict = _verdict_for_all(verdict) if begin is not None else None
         if verdict is not None:

@@ -107,7 +107,7 @@ def load_encoder(config: ModelConfig, *, folder: Path | None = None, device: tor
         torch.default_generator.manual_seed(seed)  # manual_seed of torch itself would touch the GPUs' generators too
         backbone = _load_backbone(config, saved_weights, attention_name(config, device))
         if config.lora.enabled:
-            backbone = add_lora(backbone, config) if folder is None else load_lora(backbone, str(folder))
+            backbone = add_lora(backbone, config, seed=seed) if folder is None else load_lora(backbone, str(folder))
         if config.gradient_checkpointing:
             _enable_checkpointing(backbone)
     return Encoder(backbone, config).to(device).eval()

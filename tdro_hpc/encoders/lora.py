@@ -1,9 +1,11 @@
 """A backbone in, the same backbone with a trainable low-rank update in each of its linear layers out. By peft."""
 
+import hashlib
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdro_hpc.config.schema import ModelConfig
 
@@ -13,16 +15,33 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 
 
-def add_lora(backbone: nn.Module, config: ModelConfig) -> nn.Module:
+def add_lora(backbone: nn.Module, config: ModelConfig, *, seed: int) -> nn.Module:
     """`backbone` wrapped by peft, with only the adapter trainable; the adapter is float32 whatever the backbone is.
 
-    The update starts at zero: the output is that of the backbone. Its first factor comes from torch's CPU generator.
+    The update starts at zero: the output is that of the backbone. `first_factor` draws the other factor.
+    seed    of the first factors
     raises  ValueError  when model.lora.targets names no linear layer (lists those there are)
     """
     from peft import get_peft_model
 
     _require_targets(backbone, config.lora.targets)
-    return _float32_adapter(get_peft_model(backbone, _peft_config(config)))
+    wrapped = _float32_adapter(get_peft_model(backbone, _peft_config(config)))
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_A." in name:
+            parameter.data.copy_(first_factor(name, tuple(parameter.shape), seed))
+    return wrapped
+
+
+def first_factor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Initial values [rank, inputs], float32, of the factor of an update that does not start at zero.
+
+    name    of the parameter in peft's model. Each is drawn for itself, so a rank that holds a part of the model draws
+            the same values as one that holds it all
+    Uniform within 1/sqrt(inputs), as peft draws it (arXiv 2106.09685 leaves the scale open).
+    """
+    digest = hashlib.blake2b(f"{seed}/lora/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
 
 def load_lora(backbone: nn.Module, folder: str) -> nn.Module:

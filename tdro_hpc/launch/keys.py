@@ -32,10 +32,11 @@ _MOST_SHOWN = 6
 def result_keys(config: Config, stage: Stage, ranks: int) -> dict[str, Any]:
     """Dotted key -> JSON value for everything that changes the results of `stage`, sorted by key.
 
-    Beside the config: the number of ranks (the batch grows with it), the sizes of the data files, and the content of
-    their descriptions and of the stage's own files, as `size of <file>` and `sha256 of <file>`.
+    Beside the config: the number of ranks that read data (the batch grows with it), the sizes of the data files, and
+    the content of their descriptions and of the stage's own files, as `size of <file>` and `sha256 of <file>`.
     """
-    keys: dict[str, Any] = {"ranks": ranks}
+    replica = config.parallel.pp * config.parallel.tp if stage.trains else 1
+    keys: dict[str, Any] = {"ranks": ranks // replica}
     for section in stage.sections:
         keys |= _flattened(section, getattr(config, section))
     keys = {key: value for key, value in keys.items() if _changes_results(key)}

@@ -14,3 +14,4 @@ class Stage:
     sections: tuple[str, ...]  # config sections that change its results: the keys that DONE.json hashes
     ranks: str = "all"  # all = every rank of the cluster profile; one = a single process
     files: tuple[str, ...] = ()  # files outside the run whose content changes its results
+    trains: bool = False  # it trains a model, on the mesh of parallel.pp, dp and tp; else every rank reads data

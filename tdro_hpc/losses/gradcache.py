@@ -1,8 +1,8 @@
 """Exact gradients of a loss over many embeddings in the memory of one chunk (gradient caching, arXiv 2101.06983).
 
-Pass 1 embeds everything without gradient, the loss gives a gradient for each embedding, and pass 2 embeds each chunk
-again with the same random draws and back-propagates its share. The chunk that pass 1 embeds last keeps its graph, so
-pass 2 has it already. Knows nothing of the loss and nothing of the encoder.
+The engine embeds all chunks without gradient, the loss gives a gradient for each embedding, and the engine embeds each
+chunk again with the same random draws and back-propagates its share. Knows nothing of the loss and of the encoder; the
+same few lines serve every engine, pipelines included.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,6 @@ from torch import Tensor
 from tdro_hpc.data.tokens import Tokens
 from tdro_hpc.parallel.engine import Engine
 
-RandomState = list[Tensor]  # of the CPU's generator, and of the GPU's where the encoder is on one
-
 
 @dataclass
 class Chunk:
@@ -24,7 +22,6 @@ class Chunk:
     part: int  # which of the parts they are of
     rows: Tensor  # int64 [rows of the chunk], in their part, where the tokens are
     tokens: Tokens
-    random_state: RandomState | None = None  # before pass 1 embedded it
 
 
 def cached_backward(
@@ -42,25 +39,16 @@ def cached_backward(
     loss_of       embeddings of each part, in the order of its rows -> loss []. Called once; it may keep what it
                   computes, and may gather over ranks
     synchronise   average the gradients over ranks with the last chunk
-    Dropout draws are per chunk: they equal those of engine.embed on the chunks of `split_parts` in their order. Ranks
-    may have different numbers of chunks: only the last backward of each talks to the others.
+    Dropout draws are per chunk: they equal those of engine.embed on the chunks of `split_parts` in their order. Data
+    ranks may have different numbers of chunks.
     """
     chunks = split_parts(parts, chunk_tokens)
-    device = engine.process.device
-    kept, embeddings = _embed_all(engine, parts, chunks)
-    after = _captured(device)
+    tokens = [chunk.tokens for chunk in chunks]
+    embeddings = _in_order(parts, chunks, engine.embed_chunks(tokens))
     loss = loss_of(embeddings)
     gradients = torch.autograd.grad(loss, embeddings, materialize_grads=True)
-    for chunk in reversed(chunks):
-        if kept is None:
-            assert chunk.random_state is not None, "pass 1 comes first"
-            _restore(chunk.random_state, device)
-            (kept,) = engine.embed([chunk.tokens])
-        rows = chunk.rows.to(kept.device, non_blocking=True)
-        surrogate = (kept * gradients[chunk.part][rows]).sum()
-        kept = None  # the graph goes with the backward, before the next chunk makes one
-        engine.backward(surrogate, synchronise=synchronise and chunk is chunks[0])
-    _restore(after, device)
+    shares = [gradients[chunk.part][chunk.rows.to(gradients[chunk.part].device, non_blocking=True)] for chunk in chunks]
+    engine.backward_chunks(tokens, shares, synchronise=synchronise)
     return loss.detach()
 
 
@@ -100,33 +88,9 @@ def _spans(first_columns: list[int], ends: list[int], chunk_tokens: int) -> list
     return spans
 
 
-def _embed_all(engine: Engine, parts: list[Tokens], chunks: list[Chunk]) -> tuple[Tensor | None, list[Tensor]]:
-    """Pass 1.
-
-    returns  embeddings of the last chunk with their graph, and those of each part, in the order of its rows, as leaves
-             that collect a gradient
-    """
-    embeddings: list[Tensor | None] = [None] * len(parts)
-    kept = None
-    for chunk in chunks:
-        chunk.random_state = _captured(engine.process.device)
-        if chunk is chunks[-1]:
-            (kept,) = engine.embed([chunk.tokens])
-        embedding = engine.embed_frozen(chunk.tokens) if kept is None else kept.detach()
-        whole = embeddings[chunk.part]
-        if whole is None:
-            whole = embedding.new_empty(len(parts[chunk.part].input_ids), embedding.shape[1])
-            embeddings[chunk.part] = whole
-        whole[chunk.rows.to(embedding.device, non_blocking=True)] = embedding
-    return kept, [whole.requires_grad_() for whole in embeddings if whole is not None]
-
-
-def _captured(device: torch.device) -> RandomState:
-    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_gpu]
-
-
-def _restore(state: RandomState, device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
+def _in_order(parts: list[Tokens], chunks: list[Chunk], embedded: list[Tensor]) -> list[Tensor]:
+    """Embeddings [rows, width] of each part, in the order of its rows, as leaves that collect a gradient."""
+    wholes = [embedded[0].new_empty(len(part.input_ids), embedded[0].shape[1]) for part in parts]
+    for chunk, embedding in zip(chunks, embedded, strict=True):
+        wholes[chunk.part][chunk.rows.to(embedding.device, non_blocking=True)] = embedding
+    return [whole.requires_grad_() for whole in wholes]

@@ -1,10 +1,11 @@
-"""Rows of every rank put together, in rank order, with or without gradient; or handed on from rank to rank.
+"""Rows of every data rank put together, in rank order, with or without gradient; or handed on from rank to rank.
 
 Ranks may bring different numbers of rows. The backward of `gather_rows` sums what all ranks ask of a row and hands it
 to the rank that owns it: no factor of the number of ranks anywhere. Averaging the parameters' gradients over ranks is
 then exact.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdro_hpc.parallel.process import group_device, group_rank, group_size
+from tdro_hpc.parallel.process import data_group, group_device, group_rank, group_size
 
 
 def rows_of_ranks(num_rows: int) -> list[int]:
@@ -21,7 +22,7 @@ def rows_of_ranks(num_rows: int) -> list[int]:
         return [num_rows]
     mine = torch.tensor([num_rows], device=group_device())
     sizes = [torch.empty_like(mine) for _ in range(group_size())]
-    dist.all_gather(sizes, mine)
+    dist.all_gather(sizes, mine, group=data_group())
     return torch.cat(sizes).tolist()  # the collectives below need the sizes on the host
 
 
@@ -63,8 +64,13 @@ def pass_on(going: list[Tensor], coming: list[Tensor], *, tag: int) -> list[dist
         for own, copy in zip(going, coming, strict=True):
             copy.copy_(own)
         return []
-    sends = [dist.P2POp(dist.isend, tensor, (rank + 1) % world, tag=tag + i) for i, tensor in enumerate(going)]
-    receives = [dist.P2POp(dist.irecv, tensor, (rank - 1) % world, tag=tag + i) for i, tensor in enumerate(coming)]
+    ring = data_group()
+
+    def message(move: Callable[..., Any], tensor: Tensor, to: int, i: int) -> dist.P2POp:
+        return dist.P2POp(move, tensor, group=ring, tag=tag + i, group_peer=to % world)
+
+    sends = [message(dist.isend, tensor, rank + 1, i) for i, tensor in enumerate(going)]
+    receives = [message(dist.irecv, tensor, rank - 1, i) for i, tensor in enumerate(coming)]
     return dist.batch_isend_irecv([*sends, *receives])
 
 
@@ -81,19 +87,19 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _gather(tensor: Tensor, sizes: list[int]) -> Tensor:
-    assert sizes[dist.get_rank()] == len(tensor), f"{len(tensor)} rows, but {sizes} were announced"
+    assert sizes[group_rank()] == len(tensor), f"{len(tensor)} rows, but {sizes} were announced"
     mine = _padded(tensor.to(group_device()), max(sizes))
     blocks = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(blocks, mine)
+    dist.all_gather(blocks, mine, group=data_group())
     return torch.cat([block[:rows] for block, rows in zip(blocks, sizes, strict=True)]).to(tensor.device)
 
 
 def _sum_own_rows(gradient: Tensor, sizes: list[int]) -> Tensor:
     """Rows of this rank of the sum over ranks of `gradient` [sum of sizes, ...]."""
-    rank, everything = dist.get_rank(), gradient.to(group_device())
+    rank, everything = group_rank(), gradient.to(group_device())
     if dist.get_backend() == "gloo":  # has no reduce-scatter in some of the supported versions of torch
         total = everything.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=data_group())
         return total.split(sizes)[rank].to(gradient.device)
     return _reduce_scatter(everything, sizes).to(gradient.device)
 
@@ -101,8 +107,8 @@ def _sum_own_rows(gradient: Tensor, sizes: list[int]) -> Tensor:
 def _reduce_scatter(everything: Tensor, sizes: list[int]) -> Tensor:
     blocks = [_padded(block, max(sizes)) for block in everything.split(sizes)]
     own = torch.empty_like(blocks[0])
-    dist.reduce_scatter(own, blocks)
-    return own[: sizes[dist.get_rank()]]
+    dist.reduce_scatter(own, blocks, group=data_group())
+    return own[: sizes[group_rank()]]
 
 
 def _padded(rows: Tensor, num_rows: int) -> Tensor:

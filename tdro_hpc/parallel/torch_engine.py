@@ -8,7 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdro_hpc.config.schema import TrainingConfig
 from tdro_hpc.data.tokens import Tokens
+from tdro_hpc.encoders.lora import parameter_counts
 from tdro_hpc.parallel.process import Process
+from tdro_hpc.parallel.replay import Replay
 from tdro_hpc.parallel.schedule import learning_rate_at
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ class TorchEngine:
 
     def __init__(self, encoder: "Encoder", process: Process, training: TrainingConfig) -> None:
         self.encoder, self.process, self.training = encoder.train(), process, training
-        self.steps_done = 0
+        self.steps_done, self.chunked = 0, False
         self.optimizer = build_optimizer(encoder, training)
         # float16 gradients underflow unless the loss is scaled up; in every other type the scaler passes all through.
         scaling = encoder.config.autocast == "float16"
@@ -33,11 +35,17 @@ class TorchEngine:
         self._embedder = _Embedder(encoder)
         self._parallel = _data_parallel(self._embedder) if process.data_size > 1 else None
         self._embedded: list[Tensor] = []  # of the embed that waits for its backward; under _parallel only
+        self._replay = Replay(self, process.device)
 
     @property
     def learning_rate(self) -> float:
         """Rate of the newest optimiser step; before the first one, that of the first."""
         return learning_rate_at(max(0, self.steps_done - 1), self.training)
+
+    @property
+    def parameter_counts(self) -> tuple[int, int]:
+        """(total, trained) parameters of the encoder."""
+        return parameter_counts(self.encoder)
 
     def embed(self, parts: list[Tokens]) -> list[Tensor]:
         """Embeddings [rows, width] of each part, with gradient."""
@@ -63,6 +71,14 @@ class TorchEngine:
                 self._parallel.reducer.prepare_for_backward(list(self._embedded))
             self._embedded = []
         self._scaler.scale(loss).backward()
+
+    def embed_chunks(self, chunks: list[Tokens]) -> list[Tensor]:
+        """Embeddings [rows, width] of each chunk, without gradient."""
+        return self._replay.embed_chunks(chunks)
+
+    def backward_chunks(self, chunks: list[Tokens], gradients: list[Tensor], *, synchronise: bool) -> None:
+        """Add the gradients of the same chunks. Only the last backward of each rank talks to the others."""
+        self._replay.backward_chunks(chunks, gradients, synchronise=synchronise)
 
     def step(self) -> Tensor:
         """Clip, update, zero the gradients; returns their global L2 norm [] before clipping.
@@ -91,7 +107,7 @@ class TorchEngine:
         return self._scaler.is_enabled() and not bool(norm.isfinite()) and self._scaler.get_scale() >= 1
 
     def _norm_of_skipped(self) -> Tensor:
-        if not self._said_skip and self.process.data_rank == 0:
+        if not self._said_skip and self.process.first:
             print(
                 f"step {self.steps_done}: the float16 gradients overflowed, so the step is left out and the loss scale "
                 f"is now {self._scaler.get_scale():.0f}; usual in the first steps, and not said again"

@@ -89,7 +89,7 @@ class Training:
             stop_lead_seconds=self.config.cluster.stop_lead_seconds if self._has_time_limit else 0.0,
         )
         run_loop(loop, step, self.read)
-        if self.process.data_rank == 0:
+        if self.process.first:
             with new_folder(self.stage_dir / "out" / "model") as folder:
                 save_encoder(self.encoder, self.tokenizer, folder)
         wait_for_all()
@@ -131,7 +131,7 @@ def assemble(
         steps=training.steps,
         task_names=list(tasks),
         queries_per_step=training.queries_per_rank * training.accumulation_steps * process.data_size,
-        first_rank=process.data_rank == 0,
+        first_rank=process.first,
         tensorboard=config.logging.tensorboard,
     )
     _say_start(stage, tasks, encoder, metrics)

@@ -25,10 +25,8 @@ def stage_graph(config: Config) -> dict[str, Stage]:
     """
     data = ("prepare",) if config.data.builder else ()
     stages = [
-        Stage("s0", "s0", data, ("model",), (*_TRAINING_KEYS, "s0"), files=_files(config.s0.weights)),
-        Stage(
-            "s1", "s1", (*data, "s0"), ("model", "weights"), (*_TRAINING_KEYS, "s1"), files=_files(config.s1.weights)
-        ),
+        _training("s0", "s0", data, ("model",), _files(config.s0.weights)),
+        _training("s1", "s1", (*data, "s0"), ("model", "weights"), _files(config.s1.weights)),
     ]
     if data:
         stages.insert(0, Stage("prepare", "prepare", (), ("data",), ("seed", "embedded"), ranks="one"))
@@ -40,9 +38,13 @@ def stage_graph(config: Config) -> dict[str, Stage]:
                 "Rename one of the JSON files, or leave one out."
             )
         needs = data if files else (*data, "s1")
-        stages.append(Stage(name, "s2", needs, ("model",), (*_TRAINING_KEYS, "s2"), files=files))
+        stages.append(_training(name, "s2", needs, ("model",), files))
     stages.append(Stage("eval", "eval", data + _evaluated(config), ("scores",), ("seed", "model", "eval")))
     return {stage.name: stage for stage in stages}
+
+
+def _training(name: str, kind: str, needs: tuple[str, ...], makes: tuple[str, ...], files: tuple[str, ...]) -> Stage:
+    return Stage(name, kind, needs, makes, (*_TRAINING_KEYS, kind), files=files, trains=True)
 
 
 def _files(weights: str) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def run(config: Config, stage: Stage, run_dir: Path, process: Process) -> None:
     reference = _reference(training)
     step = DroStep(training.engine, config.s1, config.loss, training.watch, weights=weights, reference=reference)
     training.run(step, weights=weights)
-    if process.data_rank == 0:
+    if process.first:
         documents = documents_of(weights.current, weights.mean, weights.ema, training.sizes, percents)
         write_documents(documents, training.stage_dir / "out" / "weights")
         write_text(training.stage_dir / "out" / "summary.txt", _summary(training, weights))
@@ -59,7 +59,7 @@ def _reference(training: Training) -> ReferenceLosses:
     covered = folder / f"covered-{_digest(_batch_keys(training))}.json"
     if not covered.is_file():
         _compute(training, folder)
-        if training.process.data_rank == 0:
+        if training.process.first:
             write_json(covered, _batch_keys(training))
         wait_for_all()
     return CachedReference(folder)

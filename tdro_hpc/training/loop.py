@@ -15,7 +15,7 @@ import torch
 from tdro_hpc.config.schema import TrainingConfig
 from tdro_hpc.data.batches import Batch
 from tdro_hpc.launch.job.hold import TakenOver, taken_over
-from tdro_hpc.parallel.process import Process, any_rank, group_rank, wait_for_all
+from tdro_hpc.parallel.process import Process, any_rank, wait_for_all, world_rank
 from tdro_hpc.training.checkpoint import Part, load_checkpoint, newest_step, save_checkpoint
 from tdro_hpc.training.finite import FiniteWatch
 from tdro_hpc.training.lead import LeadWatch
@@ -77,7 +77,7 @@ def run_loop(loop: Loop, step: Step, read: Callable[[int], Iterator[list[Batch]]
         loop.metrics.say(f"{loop.stage} continues after step {first}")
     if first == training.steps:
         return
-    lead = LeadWatch(loop.stop_lead_seconds, loop.metrics.say if loop.process.data_rank == 0 else None)
+    lead = LeadWatch(loop.stop_lead_seconds, loop.metrics.say if loop.process.first else None)
     check_every = training.log_every_steps if loop.process.device.type == "cuda" else 1
     for number, batches in enumerate(read(first), start=first):
         seed_step(loop.seed, number, loop.process.data_rank)
@@ -106,13 +106,13 @@ def run_loop(loop: Loop, step: Step, read: Callable[[int], Iterator[list[Batch]]
 
 def _check_hold() -> None:
     """Return when no other attempt has taken the stage over; all ranks leave together when one has."""
-    taken = taken_over() if group_rank() == 0 else ""
+    taken = taken_over() if world_rank() == 0 else ""
     if any_rank(bool(taken)):
         raise TakenOver(taken or "Another attempt took the stage over; this copy writes nothing more.")
 
 
 def _save(loop: Loop, step: int) -> None:
-    if loop.process.data_rank == 0:
+    if loop.process.first:
         save_checkpoint(loop.checkpoints, step, loop.parts, keep=loop.training.keep_checkpoints)
     # No rank may leave before the checkpoint is whole: its exit could end rank 0 in the middle of the write.
     wait_for_all()

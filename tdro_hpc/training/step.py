@@ -14,7 +14,7 @@ from tdro_hpc.dro.reference import ReferenceLosses
 from tdro_hpc.dro.weights import TaskWeights
 from tdro_hpc.losses.gradcache import cached_backward
 from tdro_hpc.losses.score_block import ScoreBlock, build_score_block
-from tdro_hpc.parallel.torch_engine import TorchEngine
+from tdro_hpc.parallel.engine import Engine
 from tdro_hpc.training.finite import FiniteWatch
 from tdro_hpc.training.metrics import StepValues
 
@@ -39,7 +39,7 @@ def _score_block(embeddings: list[Tensor], batch: Batch, training: TrainingConfi
 class _MicroStep:
     """Embeds one micro-batch and back-propagates the loss that `summed` makes of its scores."""
 
-    engine: TorchEngine
+    engine: Engine
     training: TrainingConfig
     loss: LossConfig
 
@@ -58,7 +58,7 @@ class _MicroStep:
             return total
 
         parts = [batch.query_tokens, batch.passage_tokens]
-        if self.loss.gradient_cache:
+        if self.loss.gradient_cache or self.engine.chunked:
             cached_backward(self.engine, parts, self.loss.chunk_tokens, loss_of, synchronise=synchronise)
         else:
             self.engine.backward(loss_of(self.engine.embed(parts)), synchronise=synchronise)
@@ -71,7 +71,7 @@ class ContrastiveStep:
 
     def __init__(
         self,
-        engine: TorchEngine,
+        engine: Engine,
         training: TrainingConfig,
         loss: LossConfig,
         watch: FiniteWatch,
@@ -114,7 +114,7 @@ class DroStep:
 
     def __init__(
         self,
-        engine: TorchEngine,
+        engine: Engine,
         training: TrainingConfig,
         loss: LossConfig,
         watch: FiniteWatch,

@@ -6,6 +6,7 @@ for here where it waits.
 """
 
 import signal
+from collections.abc import Iterable
 from types import FrameType
 
 from tdro_hpc.parallel.process import any_rank
@@ -53,8 +54,13 @@ def stop_flag() -> StopFlag:
     return _FLAG
 
 
-def install_stop_handlers() -> StopFlag:
-    """Let STOP_SIGNALS set the flag instead of ending the process; takes the place of handlers set before."""
+def install_stop_handlers(early: Iterable[int] = ()) -> StopFlag:
+    """Let STOP_SIGNALS set the flag instead of ending the process; takes the place of handlers set before.
+
+    early   signals that those handlers have noted
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, _FLAG.request)
+    for number in early:
+        _FLAG.request(number)
     return _FLAG
