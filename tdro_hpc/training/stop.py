@@ -61,6 +61,6 @@ def install_stop_handlers(early: Iterable[int] = ()) -> StopFlag:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, _FLAG.request)
-    for number in early:
-        _FLAG.request(number)
+    for noted in early:
+        _FLAG.request(noted)
     return _FLAG

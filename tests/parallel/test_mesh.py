@@ -28,5 +28,5 @@ def test_order_is_that_of_deepspeeds_topology():
 
 def test_number_of_ranks_that_leaves_a_part_of_a_replica_is_refused():
     assert mesh_of(8, pipeline_size=2, tensor_size=2) == Mesh(2, 2, 2)
-    with pytest.raises(ValueError, match=r"6 ranks cannot .* parallel.tp=2 = 4 ranks. Start 4, 8, 16 ranks"):
+    with pytest.raises(ValueError, match=r"6 ranks cannot .* parallel.tp=2 = 4 ranks. Start 4, 8, 16 ... ranks"):
         mesh_of(6, pipeline_size=2, tensor_size=2)
