@@ -9,6 +9,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tdro_hpc.config.schema import TrainingConfig
 from tdro_hpc.data.tokens import Tokens
 from tdro_hpc.encoders.lora import parameter_counts
+from tdro_hpc.parallel.engine_state import check_fit, saved_buffers, stored_adam_state, stored_tensors
+from tdro_hpc.parallel.optimizer import (
+    adam_state,
+    build_optimizer,
+    describe_optimizer,
+    set_adam_state,
+    trained_parameters,
+)
 from tdro_hpc.parallel.process import Process
 from tdro_hpc.parallel.replay import Replay
 from tdro_hpc.parallel.schedule import learning_rate_at
@@ -36,6 +44,8 @@ class TorchEngine:
         self._parallel = _data_parallel(self._embedder) if process.data_size > 1 else None
         self._embedded: list[Tensor] = []  # of the embed that waits for its backward; under _parallel only
         self._replay = Replay(self, process.device)
+        if process.first:
+            print(f"optimiser: {describe_optimizer(self.optimizer)}")
 
     @property
     def learning_rate(self) -> float:
@@ -90,7 +100,7 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._scaler.unscale_(self.optimizer)
-        parameters = [parameter for _, parameter in _trained(self.encoder)]
+        parameters = [parameter for _, parameter in trained_parameters(self.encoder)]
         if self.training.max_grad_norm > 0:
             norm = nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm)
         else:
@@ -117,10 +127,10 @@ class TorchEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """Trained parameters, buffers, Adam's moments and step counters, and the number of steps done."""
-        tensors = {f"parameter.{name}": parameter.detach() for name, parameter in _trained(self.encoder)}
-        tensors |= {f"buffer.{name}": buffer for name, buffer in _buffers(self.encoder)}
-        names = {id(parameter): name for name, parameter in _trained(self.encoder)}
-        for parameter, fields in self.optimizer.state.items():
+        tensors = {f"parameter.{name}": parameter.detach() for name, parameter in trained_parameters(self.encoder)}
+        tensors |= {f"buffer.{name}": buffer for name, buffer in saved_buffers(self.encoder)}
+        names = {id(parameter): name for name, parameter in trained_parameters(self.encoder)}
+        for parameter, fields in adam_state(self.optimizer).items():
             tensors |= {f"optimizer.{field}.{names[id(parameter)]}": value for field, value in fields.items()}
         return {"tensors": tensors, "values": {"steps_done": self.steps_done, "scaler": self._scaler.state_dict()}}
 
@@ -129,29 +139,18 @@ class TorchEngine:
 
         raises ValueError if the parameters are others than those of this encoder, or of other shapes
         """
-        tensors: dict[str, Tensor] = state["tensors"]
-        targets = {f"parameter.{name}": parameter.detach() for name, parameter in _trained(self.encoder)}
-        targets |= {f"buffer.{name}": buffer for name, buffer in _buffers(self.encoder)}
-        _check_names(targets, tensors)
+        stored = stored_tensors(state)
+        trained = trained_parameters(self.encoder)
+        targets = {f"parameter.{name}": parameter.detach() for name, parameter in trained}
+        targets |= {f"buffer.{name}": buffer for name, buffer in saved_buffers(self.encoder)}
+        check_fit({name: target.shape for name, target in targets.items()}, stored)
         with torch.no_grad():
             for name, target in targets.items():
-                target.copy_(tensors[name])
-        document = self.optimizer.state_dict()
-        document["state"] = self._optimizer_fields(tensors)
-        self.optimizer.load_state_dict(document)
+                target.copy_(stored[name])
+        adam = {parameter: stored_adam_state(stored, name) for name, parameter in trained}
+        set_adam_state(self.optimizer, {parameter: fields for parameter, fields in adam.items() if fields})
         self.steps_done = state["values"]["steps_done"]
         self._scaler.load_state_dict(state["values"]["scaler"])
-
-    def _optimizer_fields(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """Optimiser state by the number of the parameter, as torch's optimisers count them."""
-        names = {id(parameter): name for name, parameter in _trained(self.encoder)}
-        ordered = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
-        fields: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, field, name = key.split(".", 2)
-                fields.setdefault(name, {})[field] = value.clone()
-        return {number: fields[name] for number, name in enumerate(ordered) if name in fields}
 
 
 class _Embedder(nn.Module):
@@ -167,49 +166,7 @@ class _Embedder(nn.Module):
         return [self.encoder(tokens) for tokens in parts]
 
 
-def build_optimizer(encoder: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trained parameters; weight decay on matrices only, not on biases and norm weights.
-
-    raises ValueError if no parameter is trained
-    """
-    trained = [parameter for _, parameter in _trained(encoder)]
-    if not trained:
-        raise ValueError("No parameter of the encoder is trained. Set model.lora.enabled=false to train all of them.")
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_epsilon,
-        fused=True,
-    )
-
-
 def _data_parallel(embedder: _Embedder) -> DistributedDataParallel:
     # find_unused_parameters: some backbones carry a pooler that no pooling here reads. And without it the wrapper
     # regroups its buckets after the first step, so that sums over 4 ranks would differ in the last bit after a resume.
     return DistributedDataParallel(embedder, find_unused_parameters=True, gradient_as_bucket_view=True)
-
-
-def _trained(encoder: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in encoder.named_parameters() if parameter.requires_grad]
-
-
-def _buffers(encoder: nn.Module) -> list[tuple[str, Tensor]]:
-    saved = encoder.state_dict().keys()  # leaves out the buffers that are rebuilt from the config
-    return [(name, buffer) for name, buffer in encoder.named_buffers() if name in saved]
-
-
-def _check_names(targets: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    found = {name for name in tensors if not name.startswith("optimizer.")}
-    wrong = sorted(found ^ targets.keys())
-    wrong += [name for name in sorted(found & targets.keys()) if tensors[name].shape != targets[name].shape]
-    if wrong:
-        raise ValueError(
-            f"The checkpoint does not fit this encoder: {len(wrong)} tensors are missing, superfluous or of another "
-            f"shape, among them {', '.join(wrong[:3])}. Was it made with other model.* values? Use those again, or "
-            "remove the stage's checkpoints to start anew."
-        )

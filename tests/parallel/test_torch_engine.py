@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tdro_hpc.config.schema import TrainingConfig
+from tdro_hpc.parallel.optimizer import build_optimizer
 from tdro_hpc.parallel.process import Process
 from tdro_hpc.parallel.schedule import learning_rate_at
-from tdro_hpc.parallel.torch_engine import TorchEngine, build_optimizer
+from tdro_hpc.parallel.torch_engine import TorchEngine
 from tests.reference.toy import ToyEncoder, toy_tokens
 
 ALONE = Process(data_rank=0, data_size=1, local_rank=0, device=torch.device("cpu"))
