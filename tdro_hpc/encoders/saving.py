@@ -44,13 +44,21 @@ def save_encoder(encoder: "Encoder", tokenizer: SavableTokenizer, folder: Path) 
     else:
         encoder.backbone.save_pretrained(str(folder))  # type: ignore[operator]
     tokenizer.save(folder)
+    write_manifest(config, encoder.width, folder)
+
+
+def write_manifest(config: ModelConfig, width: int, folder: Path) -> None:
+    """Write encoder.json for the weights in `folder`: an adapter where config.lora is enabled, else all of them.
+
+    width  numbers of a vector
+    """
     manifest = {
         "format_version": FORMAT_VERSION,
         "weights": "adapter" if config.lora.enabled else "full",
         **{key: getattr(config, key) for key in _IDENTITY},
         "lora": dataclasses.asdict(config.lora) if config.lora.enabled else None,
         "query_format": with_instruction("{text}", "{instruction}"),
-        "width": encoder.width,
+        "width": width,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
