@@ -1,1 +1,1 @@
-"""What a run left on disk in; plots, one HTML page, a model on the hub out. Computes nothing that a stage did not write."""
+"""What a run left on disk in; plots, a page, a model on the hub out. Computes nothing that a stage did not write."""
