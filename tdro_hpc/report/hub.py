@@ -48,19 +48,28 @@ class _Target:
     files: tuple[str, ...]
 
 
-def push_folder(folder: Path, repo_id: str, *, private: bool, message: str, patience: Patience | None = None) -> str:
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool,
+    message: str,
+    before_each: Callable[[], None] = lambda: None,
+    patience: Patience | None = None,
+) -> str:
     """Address of the commit that holds all files of `folder`; that of the newest commit when it has them already.
 
-    folder    all its files go up except hidden ones; nothing in it is changed
-    repo_id   organisation/name or user/name; made when it is not there
-    private   for a repository that is made here. One that is there and public is refused when this is set
-    raises    ValueError with what to type; nothing is published then
+    folder       all its files go up except hidden ones; nothing in it is changed
+    repo_id      organisation/name or user/name; made when it is not there
+    private      for a repository that is made here. One that is there and public is refused when this is set
+    before_each  called before every large file and every try; what it raises ends the push
+    raises       ValueError with what to type; nothing is published then
     """
     patience = patience or Patience()
     check_repo_id(repo_id)
     paths = _files_of(folder)
     with hub_speaks_through(logger):
-        return _Push(folder, paths, repo_id, private, patience).run(message)
+        return _Push(folder, paths, repo_id, private, patience, before_each).run(message)
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -82,9 +91,18 @@ def check_repo_id(repo_id: str) -> None:
 class _Push:
     """One push: what is asked of the hub, in order."""
 
-    def __init__(self, folder: Path, paths: list[str], repo_id: str, private: bool, patience: Patience) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        paths: list[str],
+        repo_id: str,
+        private: bool,
+        patience: Patience,
+        before_each: Callable[[], None],
+    ) -> None:
         from huggingface_hub import HfApi
 
+        self.before_each = before_each
         self.folder, self.paths, self.repo_id, self.private, self.patience = folder, paths, repo_id, private, patience
         # True = a request without a token is refused here, in words; False would send it without.
         self.api = HfApi(token=True)
@@ -181,6 +199,7 @@ class _Push:
 
         patience, wait = self.patience, self.patience.first_wait_seconds
         for number in range(1, patience.tries + 1):
+            self.before_each()
             # Without a limit a connection that broke without a word is waited for as long as the job lasts.
             get_session().timeout = patience.answer_seconds
             try:

@@ -164,6 +164,16 @@ def hub_oid(name: str) -> str:
     return hashlib.sha256(bytes([SHARDS.index(name)]) * SHARD_BYTES).hexdigest()
 
 
+def test_push_that_is_asked_to_stop_ends_before_the_next_file(hub, push):
+    def stop() -> None:
+        if hub.objects:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        push(before_each=stop)
+    assert hub.bytes_stored() == SHARD_BYTES and published(hub) == set()
+
+
 def test_commit_whose_answer_is_lost_is_found_and_not_made_twice(hub, push):
     hub.faults = [Fault("POST", "/commit/", after_answering=True)]
     address = push()
