@@ -20,6 +20,7 @@ def cross_problems(config: Config, broken: set[str]) -> list[str]:
         (("stages", "data"), _stages(config)),
         (("model",), _model(config)),
         (("cluster", "parallel"), _machines(config)),
+        (("model", "parallel"), _types(config)),
         (("s1", "s2"), _weights_of_s2(config)),
         (("eval", "s2"), _evaluated_models(config)),
     ]
@@ -81,6 +82,23 @@ def _machines(config: Config) -> list[str]:
         problems.append(
             "parallel.backend is 'nccl', which talks between GPUs, but cluster.gpus_per_node is 0. "
             "Type parallel.backend=auto, or cluster.gpus_per_node=<GPUs of one machine>."
+        )
+    return problems
+
+
+def _types(config: Config) -> list[str]:
+    """What an engine cannot do with the types of this model."""
+    model, parallel, problems = config.model, config.parallel, []
+    for key in ("autocast", "weights_dtype"):
+        if parallel.engine != "torch" and getattr(model, key) == "float16":
+            problems.append(
+                f"model.{key} is 'float16' with parallel.engine={parallel.engine}: only the torch engine scales losses "
+                f"for it. Type model.{key}=bfloat16, or parallel=ddp."
+            )
+    if model.weights_dtype == "bfloat16" and parallel.engine == "deepspeed" and parallel.zero == 0:
+        problems.append(
+            "model.weights_dtype is 'bfloat16' with parallel.engine=deepspeed and parallel.zero=0: the float32 masters "
+            "of the weights belong to ZeRO-1. Type parallel.zero=1, or model.weights_dtype=float32."
         )
     return problems
 

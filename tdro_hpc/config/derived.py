@@ -4,13 +4,13 @@ Pure but for parameter counts, which come from the headers of model files on thi
 """
 
 from tdro_hpc.config.checks import labels_of_s2
+from tdro_hpc.config.layouts import data_ranks, layout_equation, replica_ranks
 from tdro_hpc.config.model_size import trained_parameters
-from tdro_hpc.config.resources import ranks_per_node, resource_lines
+from tdro_hpc.config.resources import ranks_of_job, ranks_per_node, resource_lines
 from tdro_hpc.config.schema import Config, TrainingConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-_TINY_PARAMETERS = 1_000_000  # of tiny:<architecture>, to one digit: its exact shape needs torch
 
 
 def ranks_of(config: Config, stage_ranks: str = "all") -> int:
@@ -19,7 +19,7 @@ def ranks_of(config: Config, stage_ranks: str = "all") -> int:
     stage_ranks   all = every rank of the cluster profile; one = a single process
     """
     assert stage_ranks in ("all", "one"), f"ranks of a stage are all or one, not {stage_ranks}"
-    return 1 if stage_ranks == "one" else config.cluster.nodes * ranks_per_node(config.cluster)[0]
+    return 1 if stage_ranks == "one" else ranks_of_job(config.cluster)
 
 
 def ranks_equation(config: Config) -> str:
@@ -29,17 +29,17 @@ def ranks_equation(config: Config) -> str:
 
 
 def queries_per_step(section: TrainingConfig, ranks: int) -> int:
-    """Queries of one optimiser step, all ranks together."""
+    """Queries of one optimiser step; `ranks` here and below are those that read different rows."""
     return ranks * section.queries_per_rank * section.accumulation_steps
 
 
 def batch_equation(config: Config, section: TrainingConfig, ranks: int) -> str:
     """Queries of one optimiser step and what is multiplied; the size of a forward chunk under gradient_cache."""
     text = (
-        f"queries per step {queries_per_step(section, ranks):,} = {_counted(ranks, 'rank')} x "
+        f"queries per step {queries_per_step(section, ranks):,} = {_ranks_words(config, ranks)} x "
         f"{section.queries_per_rank:,} queries_per_rank x {section.accumulation_steps:,} accumulation_steps"
     )
-    if config.loss.gradient_cache:
+    if embeds_in_chunks(config):
         text += f" (a rank embeds {config.loss.chunk_tokens:,} chunk_tokens at a time)"
     return text
 
@@ -64,7 +64,7 @@ def negatives_equation(config: Config, section: TrainingConfig, ranks: int) -> s
         "group": (a_query, "its own hard negatives"),
         "batch": (f"{a_rank} x {a_query}", "own and in-batch, this rank"),
         "task": (f"{a_rank} x {a_query}", "own and in-batch of the same task, this rank"),
-        "world": (f"{_counted(ranks, 'rank')} x {a_rank} x {a_query}", "own and in-batch, all ranks"),
+        "world": (f"{_ranks_words(config, ranks)} x {a_rank} x {a_query}", "own and in-batch, all ranks"),
     }[section.negatives]
     if section.accumulation_steps > 1 and section.negatives != "group":
         place += f", of one of the {section.accumulation_steps:,} accumulation_steps"
@@ -79,17 +79,15 @@ def negatives_equation(config: Config, section: TrainingConfig, ranks: int) -> s
 def disk_equation(config: Config, section: TrainingConfig) -> str:
     """Size of the checkpoints that a stage keeps: weights and Adam's two moments of every trained parameter."""
     model, kept = config.model, f"{section.keep_checkpoints:,} keep_checkpoints"
-    tiny = model.name.startswith("tiny:") and not model.lora.enabled
-    count = _TINY_PARAMETERS if tiny else trained_parameters(model)
+    count = trained_parameters(model)
     if count is None:
-        why = "is small" if model.name.startswith("tiny:") else "is unknown until the model is downloaded"
+        why = "is unknown until the model is downloaded"
         return f"checkpoints {kept} x trained parameters x (weights + Adam states); their number {why}"
     # Adapters are held in float32 whatever the weights below them are; Adam's moments have the type of the parameter.
     a_value = 4 if model.lora.enabled else _BYTES[model.weights_dtype]
     total = section.keep_checkpoints * count * 3 * a_value
-    about = "about " if tiny else ""
     return (
-        f"checkpoints {about}{_size(total)} = {kept} x {count:,} trained parameters x {3 * a_value} bytes "
+        f"checkpoints {_size(total)} = {kept} x {count:,} trained parameters x {3 * a_value} bytes "
         f"({a_value} weight + {2 * a_value} Adam)"
     )
 
@@ -104,9 +102,10 @@ def plan_lines(config: Config, kind: str) -> list[str]:
     if kind == "eval":
         return [_models_equation(config), *resource_lines(config.cluster)]
     section: TrainingConfig = getattr(config, kind)
-    ranks = ranks_of(config)
+    ranks = data_ranks(config, kind, ranks_of(config))
     return [
         ranks_equation(config),
+        *([layout_equation(config)] if config.parallel.engine == "deepspeed" else []),
         batch_equation(config, section, ranks),
         negatives_equation(config, section, ranks),
         samples_equation(section, ranks),
@@ -127,6 +126,15 @@ def _models_equation(config: Config) -> str:
     # A model that is named twice is one column.
     columns = dict.fromkeys(column for model in models for column in (variants if model == "s2" else [model]))
     return f"models {len(columns):,} = {' + '.join(columns)}"
+
+
+def embeds_in_chunks(config: Config) -> bool:
+    """Whether texts are embedded in chunks of loss.chunk_tokens: under gradient caching, and always in pipelines."""
+    return config.loss.gradient_cache or replica_ranks(config.parallel) > 1
+
+
+def _ranks_words(config: Config, ranks: int) -> str:
+    return _counted(ranks, "rank" if replica_ranks(config.parallel) == 1 else "data rank")
 
 
 def _counted(number: int, noun: str) -> str:

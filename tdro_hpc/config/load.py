@@ -29,8 +29,8 @@ from tdro_hpc.config.checks import cross_problems
 from tdro_hpc.config.keys import PICKS, SECTIONS, Key, KeyPath, default_text, is_section, is_task, key_of
 from tdro_hpc.config.layers import configs_folders, layered_entries
 from tdro_hpc.config.mistakes import section_with_value, special_text, unknown_key, wrong_type
-from tdro_hpc.config.schema import Config, DataConfig, ModelConfig, TaskConfig
-from tdro_hpc.config.source import Entry, is_null, read_arguments, value_of
+from tdro_hpc.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, TaskConfig
+from tdro_hpc.config.source import COMMAND_LINE, Entry, is_null, read_arguments, value_of
 
 _SAVED_HEADER = "# Every value of a run. Nothing else is read when this file is given as config=<its path>.\nuse: {}\n"
 
@@ -147,6 +147,8 @@ class _Tree:
             if "." in name:
                 continue
             values = _plain(self.tree[name])
+            if section is ParallelConfig:
+                values["engine"] = self._engine(values)
             if section is ModelConfig:
                 lora = self._checked("model", SECTIONS["model.lora"], values["lora"])
                 values["lora"] = SECTIONS["model.lora"]() if lora is None else lora
@@ -161,6 +163,15 @@ class _Tree:
         config = Config(**{name: value for name, value in top.items() if name not in sections}, **sound)
         self._report(cross_problems(config, self.broken.copy()))
         return config
+
+    def _engine(self, parallel: dict[str, Any]) -> str:
+        """The engine that was given, or deepspeed where the words after it ask for what only that can do."""
+        given, engine = self.given.get(("parallel", "engine")), parallel["engine"]
+        if engine != "torch" or given is not None and given.source == COMMAND_LINE:
+            return engine
+        asked = [("parallel", key) for key in ("zero", "offload", "pp", "tp") if parallel[key] > (key in ("pp", "tp"))]
+        later = [key for key in asked if given is None or self.given[key].source == COMMAND_LINE]
+        return "deepspeed" if later else engine
 
     def _tasks(self, tasks: dict[str, dict[str, Any]]) -> dict[str, TaskConfig]:
         made = {name: self._checked("data", TaskConfig, task, f"data.tasks.{name}.") for name, task in tasks.items()}

@@ -1,29 +1,26 @@
 """A model's name in, the shapes of its parameters out, without torch and without reading a weight.
 
-They come from the headers of safetensors files, or are worked out from config.json. A model that is not on this machine
-has none.
+They come from the headers of safetensors files, or are worked out from config.json or from what is published of it. A
+model that is not on this machine and not in configs/model has none.
 """
 
-import importlib.util
-import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from safetensors import safe_open
 
+from tdro_hpc.config.figures import ENCODERS, SPREADABLE, document_of, folder_of
 from tdro_hpc.config.schema import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
 _HEADS = ("lm_head.", "cls.", "classifier.", "score.")  # trained for other ends; AutoModel leaves them out
 _EMBEDDINGS = ("embed", "wte", "wpe")  # matrices with such a name are tables: LoRA's all-linear does not touch them
-_DECODERS = ("qwen2", "qwen3", "llama", "mistral")
-_ENCODERS = ("bert", "roberta", "xlm-roberta")
 
 
 def trained_parameters(model: ModelConfig) -> int | None:
-    """Number of parameters that training changes; None where the model is not on this machine."""
+    """Number of parameters that training changes; None where the model is not known."""
     shapes = parameter_shapes(model.name, model.revision)
     if shapes is None:
         return None
@@ -36,17 +33,15 @@ def trained_parameters(model: ModelConfig) -> int | None:
 
 @cache
 def parameter_shapes(name: str, revision: str) -> Shapes | None:
-    """Shape of every parameter of a model by its hub id, folder or package; None where it is not on this machine."""
-    folder = _folder_of(name, revision)
-    if folder is None:
-        return None
-    files = sorted(folder.glob("model*.safetensors"))
+    """Shape of every parameter of a model by its name; None where it is not known."""
+    folder = folder_of(name, revision)
+    files = sorted(folder.glob("model*.safetensors")) if folder else []
     if files:
         return dict(pair for file in files for pair in _shapes_in(file))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") in _DECODERS:
+    config = document_of(name, revision) or {}
+    if config.get("model_type") in SPREADABLE:
         return _decoder_shapes(config)
-    if config.get("model_type") in _ENCODERS:
+    if config.get("model_type") in ENCODERS:
         return _encoder_shapes(config)
     return None
 
@@ -64,34 +59,6 @@ def _is_target(name: str, shape: tuple[int, ...], model: ModelConfig) -> bool:
         return False
     wanted = [target.strip() for target in model.lora.targets.split(",")]
     return wanted == ["all-linear"] or any(module == target or module.endswith(f".{target}") for target in wanted)
-
-
-def _folder_of(name: str, revision: str) -> Path | None:
-    """Folder on this machine that holds config.json, whatever kind of name it is."""
-    kind, _, rest = name.partition(":")
-    if kind == "package":
-        module = rest.replace("-", "_")
-        spec = importlib.util.find_spec(module) if module.isidentifier() else None
-        roots = list(spec.submodule_search_locations or []) if spec else []
-        found = [file.parent for root in roots for file in Path(root).rglob("config.json")]
-        return min(found, key=lambda folder: len(folder.parts), default=None)
-    if kind == "tiny":
-        return None
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    return _downloaded(name, revision)
-
-
-def _downloaded(name: str, revision: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        file = try_to_load_from_cache(name, "config.json", revision=revision or None)
-    except HFValidationError:  # a path that does not exist: the encoder room says so when it is loaded
-        return None
-    return Path(file).parent if isinstance(file, str) else None
 
 
 def _shapes_in(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -12,6 +12,11 @@ def ranks_per_node(cluster: ClusterConfig) -> tuple[int, str]:
     return 1, "rank a node (no GPU)"
 
 
+def ranks_of_job(cluster: ClusterConfig) -> int:
+    """Processes on all nodes of a job."""
+    return cluster.nodes * ranks_per_node(cluster)[0]
+
+
 def gpus_of_job(cluster: ClusterConfig, stage_ranks: str = "all") -> int:
     """GPUs of a job on each of its nodes.
 

@@ -19,6 +19,7 @@ MEASUREMENTS = ("ratio_of_means", "mean_of_ratios", "excess", "loss")
 WEIGHT_OPTIMIZERS = ("sgd", "adamw", "adagrad", "rmsprop")
 ENGINES = ("torch", "deepspeed", "auto")
 LOSS_IMPLEMENTATIONS = ("auto", "fused", "torch")
+_WITH_DEEPSPEED = "Type parallel.engine=deepspeed, or leave it out."
 FORMATS = ("tdro", "llm_embedder", "pairs", "beir", "msmarco")
 
 
@@ -143,7 +144,31 @@ class ParallelConfig:
             + one_of("parallel.backend", self.backend, ("auto", "gloo", "nccl"))
             + at_least("parallel.threads_per_rank", self.threads_per_rank, 0, "0")
             + at_least("parallel.timeout_seconds", self.timeout_seconds, 10, "600 to 3600")
+            + self._layout_problems()
         )
+
+    def _layout_problems(self) -> list[str]:
+        """What the engine cannot do, whatever the model and the number of ranks."""
+        asked = [(key, getattr(self, key)) for key in ("zero", "offload", "pp", "tp")]
+        given = [f"parallel.{key} is {str(value).lower()}" for key, value in asked if value > (key in ("pp", "tp"))]
+        axes = f"parallel.pp={self.pp} parallel.tp={self.tp}"
+        if self.engine == "torch" and given:
+            return [f"{given[0]}, but parallel.engine is 'torch', which keeps all on every rank. {_WITH_DEEPSPEED}"]
+        if self.engine == "auto" and (given or self.dp):
+            key = given[0] if given else f"parallel.dp is {self.dp}"
+            return [f"{key}, but parallel.engine is 'auto', which chooses the layout. {_WITH_DEEPSPEED}"]
+        if self.zero > 1 and self.pp * self.tp > 1:
+            return [
+                f"parallel.zero is {self.zero} with {axes}: pipelines and tensor parallelism go with ZeRO-1 at most, "
+                f"which splits the optimiser. Type parallel.zero=1, or parallel.pp=1 parallel.tp=1."
+            ]
+        if self.offload and (self.zero == 0 or self.pp * self.tp > 1):
+            at = f"parallel.zero={self.zero} {axes}"
+            return [
+                f"parallel.offload is true with {at}: what is moved to the node's memory is the part of the optimiser "
+                "that ZeRO gives to a rank, without a pipeline. Type parallel=zero3_offload, or parallel.offload=false."
+            ]
+        return []
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tdro_hpc.config.derived import ranks_of
+from tdro_hpc.config.layouts import data_ranks
 from tdro_hpc.config.schema import Config, DataConfig, TrainingConfig
 from tdro_hpc.data.tasks import Task, open_tasks
 from tdro_hpc.encoders.backbone import load_encoder, parameter_counts
@@ -54,7 +55,7 @@ def small_tasks(config: Config, tasks: dict[str, Task]) -> list[str]:
         training: TrainingConfig = getattr(config, kind)
         if training.batching != "homogeneous" or kind not in [stage.split("-")[0] for stage in config.stages]:
             continue
-        rows = ranks_of(config) * training.queries_per_rank
+        rows = data_ranks(config, kind, ranks_of(config)) * training.queries_per_rank
         lines += [
             f"task {name} has {len(task):,} rows, fewer than the {rows:,} of one batch of {kind}: rows repeat within it"
             for name, task in tasks.items()

@@ -1,11 +1,15 @@
 """Stages that are to run in, what they lack on this machine out, in words. Opens no rows and never imports torch."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from tdro_hpc.config.layouts import layout_problems, unchecked_line
 from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.stage import Stage
+
+_INSTALL_DEEPSPEED = "pip install 'deepspeed>=0.19,<0.20'"
 
 
 def input_problems(config: Config, stages: Sequence[Stage]) -> list[str]:
@@ -20,9 +24,29 @@ def input_problems(config: Config, stages: Sequence[Stage]) -> list[str]:
         problems += _top_problems(config, tasks)
     for stage in stages:
         problems += [_missing_file(stage.kind, name) for name in stage.files if not Path(name).is_file()]
+    if any(stage.trains for stage in stages):
+        problems += [*layout_problems(config), *_engine_problems(config)]
     if "eval" in sections:
         problems += _evaluation_problems(config)
     return list(dict.fromkeys(problems))
+
+
+def _engine_problems(config: Config) -> list[str]:
+    """Whether the engine is installed; of Slurm's nodes nothing is known here."""
+    missing = config.parallel.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None
+    if not missing or config.cluster.executor == "slurm":
+        return []
+    return [f"parallel.engine is 'deepspeed', which is not installed here. Type {_INSTALL_DEEPSPEED}, or parallel=ddp."]
+
+
+def input_notes(config: Config, stages: Sequence[Stage]) -> list[str]:
+    """What these stages need and cannot be seen from this machine, in words."""
+    if not any(stage.trains for stage in stages):
+        return []
+    notes = [unchecked_line(config)]
+    if config.parallel.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        notes.append(f"deepspeed is not installed here; the jobs need it on their nodes: {_INSTALL_DEEPSPEED}")
+    return [note for note in notes if note]
 
 
 def _asked(look: Callable[[], int], key: str, problems: list[str]) -> int:

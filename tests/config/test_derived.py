@@ -24,10 +24,6 @@ from tdro_hpc.config.schema import (
 )
 
 PAPER = Config(cluster=ClusterConfig(gpus_per_node=8))
-NO_MODEL = (
-    "checkpoints 2 keep_checkpoints x trained parameters x (weights + Adam states); their number is unknown until the "
-)
-NO_MODEL += "model is downloaded"
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +72,7 @@ def test_whole_plan_of_a_stage_gives_each_figure_once():
         "negatives per query 4,095 = 8 ranks x 256 queries_per_rank x 2 passages_per_query - 1 positive "
         "(own and in-batch, all ranks)",
         "queries in all 2,048,000 = 1,000 steps x 2,048 queries per step",
-        NO_MODEL,
+        "checkpoints 90.8 MB = 2 keep_checkpoints x 3,784,704 trained parameters x 12 bytes (4 weight + 8 Adam)",
     ]
     assert plan_lines(Config(), "s1")[0] == "ranks 1 = 1 node x 1 rank a node (no GPU)"
     assert plan_lines(PAPER, "prepare") == []
@@ -155,11 +151,15 @@ def test_disk_of_full_and_of_lora_training(tmp_path):
     )
 
 
-def test_disk_of_models_whose_size_is_not_known():
-    assert disk_equation(PAPER, PAPER.s0) == NO_MODEL
+def test_disk_of_models_that_are_not_on_this_machine():
     tiny = Config(model=ModelConfig(name="tiny:qwen2", lora=LoraConfig(enabled=False)))
     assert disk_equation(tiny, tiny.s0) == (
-        "checkpoints about 24.0 MB = 2 keep_checkpoints x 1,000,000 trained parameters x 12 bytes (4 weight + 8 Adam)"
+        "checkpoints 24.4 MB = 2 keep_checkpoints x 1,018,496 trained parameters x 12 bytes (4 weight + 8 Adam)"
+    )
+    unknown = Config(model=ModelConfig(name="someone/unheard-of"))
+    assert disk_equation(unknown, unknown.s0) == (
+        "checkpoints 2 keep_checkpoints x trained parameters x (weights + Adam states); their number is unknown until "
+        "the model is downloaded"
     )
 
 
