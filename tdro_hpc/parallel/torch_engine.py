@@ -126,13 +126,19 @@ class TorchEngine:
         return torch.zeros((), device=self.process.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Trained parameters, buffers, Adam's moments and step counters, and the number of steps done."""
+        """Trained parameters, buffers, Adam's moments and step counters, and the number of steps done.
+
+        All ranks have the same, so the first one writes all tensors.
+        """
+        values = {"steps_done": self.steps_done, "scaler": self._scaler.state_dict()}
+        if not self.process.first:
+            return {"tensors": {}, "values": values}
         tensors = {f"parameter.{name}": parameter.detach() for name, parameter in trained_parameters(self.encoder)}
         tensors |= {f"buffer.{name}": buffer for name, buffer in saved_buffers(self.encoder)}
         names = {id(parameter): name for name, parameter in trained_parameters(self.encoder)}
         for parameter, fields in adam_state(self.optimizer).items():
             tensors |= {f"optimizer.{field}.{names[id(parameter)]}": value for field, value in fields.items()}
-        return {"tensors": tensors, "values": {"steps_done": self.steps_done, "scaler": self._scaler.state_dict()}}
+        return {"tensors": tensors, "values": values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, bit for bit.
@@ -150,7 +156,8 @@ class TorchEngine:
         adam = {parameter: stored_adam_state(stored, name) for name, parameter in trained}
         set_adam_state(self.optimizer, {parameter: fields for parameter, fields in adam.items() if fields})
         self.steps_done = state["values"]["steps_done"]
-        self._scaler.load_state_dict(state["values"]["scaler"])
+        if state["values"]["scaler"]:  # empty where it was saved without float16
+            self._scaler.load_state_dict(state["values"]["scaler"])
 
 
 class _Embedder(nn.Module):

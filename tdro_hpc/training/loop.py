@@ -96,7 +96,8 @@ def run_loop(loop: Loop, step: Step, read: Callable[[int], Iterator[list[Batch]]
             loop.metrics.write(done, learning_rate=step.learning_rate)
         if saving:
             began = time.monotonic()
-            _save(loop, done)
+            # Returns when it is whole: a rank that left before could end the others in the middle of the write.
+            save_checkpoint(loop.checkpoints, done, loop.parts, keep=training.keep_checkpoints)
             lead.end_save(time.monotonic() - began)
         if stopping and not last:
             raise Stopped(loop.stage, done, training.steps, loop.stop.reason or "another rank was asked to stop")
@@ -109,10 +110,3 @@ def _check_hold() -> None:
     taken = taken_over() if world_rank() == 0 else ""
     if any_rank(bool(taken)):
         raise TakenOver(taken or "Another attempt took the stage over; this copy writes nothing more.")
-
-
-def _save(loop: Loop, step: int) -> None:
-    if loop.process.first:
-        save_checkpoint(loop.checkpoints, step, loop.parts, keep=loop.training.keep_checkpoints)
-    # No rank may leave before the checkpoint is whole: its exit could end rank 0 in the middle of the write.
-    wait_for_all()

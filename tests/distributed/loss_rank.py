@@ -1,5 +1,6 @@
 """One rank of the loss checks: python loss_rank.py <folder> <rank> <world> <rendezvous>. Writes <folder>/<rank>.pt."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def gradients(encoder):
     return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
 
+def state_of(engine):
+    """What the first rank would write, from this rank's own copies."""
+    process = engine.process
+    engine.process = dataclasses.replace(process, data_rank=0)
+    state = engine.state_dict()
+    engine.process = process
+    return state
+
+
 def check_policies(process, batch):
     """Row losses, averaged gradients, norm and the parameters after a step, for every policy."""
     found = {}
@@ -52,7 +62,7 @@ def check_policies(process, batch):
         losses = losses_of(engine.embed(parts_of(batch)), batch, negatives)
         engine.backward(losses.mean(), synchronise=True)
         found[negatives] = {"losses": losses.detach(), "gradients": gradients(engine.encoder), "norm": engine.step()}
-        found[negatives]["parameters"] = engine.state_dict()["tensors"]
+        found[negatives]["parameters"] = state_of(engine)["tensors"]
     return found
 
 
@@ -124,14 +134,14 @@ def check_resume(process, batch):
     unbroken = TorchEngine(ToyEncoder(), process, TRAINING)
     for number in range(3):
         if number == 2:
-            state = unbroken.state_dict()
+            state = state_of(unbroken)
             saved = {"tensors": {k: v.clone() for k, v in state["tensors"].items()}, "values": state["values"]}
         step(unbroken)
     resumed = TorchEngine(ToyEncoder(seed=1), process, TRAINING)
     resumed.encoder.frozen.load_state_dict(unbroken.encoder.frozen.state_dict())  # comes from the backbone's files
     resumed.load_state_dict(saved)
     step(resumed)
-    return unbroken.state_dict()["tensors"], resumed.state_dict()["tensors"]
+    return state_of(unbroken)["tensors"], state_of(resumed)["tensors"]
 
 
 def check_all(process):

@@ -1,9 +1,11 @@
+import hashlib
 import json
 import shutil
 import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tdro_hpc.training.checkpoint import checkpoint_steps, load_checkpoint, newest_step, save_checkpoint
 
@@ -67,8 +69,13 @@ def test_other_parts_are_refused_in_words(tmp_path):
 def test_files_are_safetensors_and_json_only(tmp_path):
     save_checkpoint(tmp_path, 7, {"a": Counter(7)}, keep=1)
     folder = tmp_path / "step-00000007"
-    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.safetensors"]
-    assert json.loads((folder / "state.json").read_text()) == {"step": 7, "values": {"a": {"count": 7}}}
+    assert sorted(path.name for path in folder.iterdir()) == ["state-00000.safetensors", "state.json"]
+    document = json.loads((folder / "state.json").read_text())
+    assert (document["step"], document["values"]) == (7, {"a": {"count": 7}})
+    content = (folder / "state-00000.safetensors").read_bytes()
+    written = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert document["files"] == {"state-00000.safetensors": written}
+    assert set(load_file(folder / "state-00000.safetensors")) == {"a/weight", "a/deep/name"}
 
 
 def test_step_that_rank_0_names_is_loaded_and_not_a_newer_one(tmp_path):
