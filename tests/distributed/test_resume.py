@@ -30,7 +30,7 @@ def rows_of(path: Path):
 def assert_same_bits(one: Path, other: Path):
     model = next((one / "out" / "model").glob("*.safetensors")).name
     assert (one / "out" / "model" / model).read_bytes() == (other / "out" / "model" / model).read_bytes()
-    last = "checkpoints/step-00000007/state.safetensors"
+    last = "checkpoints/step-00000007/state-00000.safetensors"
     assert (one / last).read_bytes() == (other / last).read_bytes()
     assert rows_of(one / "metrics.jsonl") == rows_of(other / "metrics.jsonl")
     if (one / "trajectory.jsonl").exists():
