@@ -15,6 +15,7 @@ _TOKEN_SHAPED = re.compile(r"\bhf_[\w.\-]{16,}|\beyJ[\w\-]+\.[\w\-]+\.[\w\-]+|(?
 _QUERY_OF_ADDRESS = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+")
 _LOGIN_IN_ADDRESS = re.compile(r"(https?://)[^\s/@]+@")
 _STATUS_OF_XET = re.compile(r"HTTP status [a-z ]+\((\d{3}) ")  # xet tells every failure as a ConnectionError
+_USED_UP = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)")  # such as "api";r=0;t=55: no request left for 55 s
 _PASSING_STATUS = (408, 412, 425, 429)  # 412: somebody else has made a commit since we looked
 _LOUD = ("huggingface_hub", "httpx2", "httpx", "httpcore2", "httpcore")
 
@@ -80,14 +81,13 @@ def _first_of(error: BaseException, kinds: tuple[type[BaseException], ...]) -> B
 
 
 def _asked_wait(headers: dict[str, str]) -> float | None:
-    """Seconds that an answer asks to wait, by its rate limit or by Retry-After."""
-    from huggingface_hub.utils import parse_ratelimit_headers
-
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and limit.remaining == 0:
-        return float(limit.reset_in_seconds)
-    asked = next((value for name, value in headers.items() if name.lower() == "retry-after"), "")
-    return float(asked) if asked.strip().isdigit() else None
+    """Seconds that an answer asks to wait, by a rate limit that is used up or by Retry-After."""
+    by_name = {name.lower(): value.strip() for name, value in headers.items()}
+    used_up = _USED_UP.search(by_name.get("ratelimit", ""))
+    if used_up:
+        return float(used_up.group(1))
+    asked = by_name.get("retry-after", "")
+    return float(asked) if asked.isdigit() else None  # it may also be a date, which the hub does not send
 
 
 class _Forward(logging.Handler):

@@ -121,6 +121,13 @@ def test_hub_that_asks_for_patience_twice_is_waited_for_as_long_as_it_asks(hub, 
     assert len(hub.repositories[REPO].messages) == 1
 
 
+def test_rate_limit_that_is_used_up_is_waited_for(hub, push, waits):
+    limits = {"RateLimit": '"api";r=0;t=33', "Retry-After": "1"}, {"RateLimit": '"api";r=10;t=34'}
+    hub.faults = [Fault("POST", "/api/repos/create", status=429, headers=headers) for headers in limits]
+    push()
+    assert waits == [33.0, 14.0]
+
+
 def test_hub_that_asks_for_more_than_anybody_waits_is_left(hub, push, waits):
     hub.faults = [Fault("POST", "/api/repos/create", 9, status=429, headers={"Retry-After": "7200"})]
     with pytest.raises(ValueError, match="answer 429.*The hub asks to wait 7200 s. Nothing was published"):
