@@ -4,14 +4,18 @@ No operator of DeepSpeed is compiled when a run starts: the one that it would bu
 and the engines bring torch's optimiser instead of DeepSpeed's.
 """
 
+import contextlib
+import io
 import logging
 import os
+import warnings
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tdro_hpc.parallel.process import Process
 
@@ -34,6 +38,8 @@ def import_deepspeed(device_type: str = "") -> ModuleType:
         ) from error
     # Else it is built at the first use on a CPU: half a minute, and a crash where there is no ninja.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls collectives of torch by their old names, a line of the log each time.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # warns of what is meant, such as torch's AdamW
     found = deepspeed.accelerator.get_accelerator().device_name()
     if found.split(":")[0] != wanted:
@@ -53,6 +59,18 @@ def start_deepspeed(process: Process) -> ModuleType:
     os.environ["LOCAL_RANK"] = str(process.local_rank)  # the only way to tell it
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed
+
+
+def initialised(
+    deepspeed: ModuleType, model: nn.Module, optimizer: torch.optim.Optimizer | None, settings: dict[str, Any]
+) -> Any:
+    """DeepSpeedEngine of a model that every data rank has whole. All ranks call it together.
+
+    settings  numbers, words and truth values only: DeepSpeed writes them as JSON
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # tables of memory, printed where its log is silent
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine
 
 
 def shared_settings() -> dict[str, Any]:
