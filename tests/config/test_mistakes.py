@@ -86,14 +86,19 @@ def test_every_refusal_of_a_range_is_there_and_says_what_to_type():
     ]
 
 
-@pytest.mark.parametrize("name", KEYS)
-def test_misspelt_key_of_every_section_is_rejected_and_the_right_one_named(name):
+def misspelt(name: str) -> str:
     section, dot, last = name.rpartition(".")
-    misspelt = f"{section}{dot}{last[:-2] + last[-1] if len(last) > 3 else last + 'x'}"
-    (problem,) = problems_of([f"{misspelt}=1"])
-    default = "?" if name == "recipe" else " (default "  # recipe is also a pick
-    assert problem.startswith(f"Unknown key {misspelt} on the command line. Did you mean {name}{default}")
-    assert problem.endswith(f" Type {name}=1.")
+    return f"{section}{dot}{last[:-2] + last[-1] if len(last) > 3 else last + 'x'}"
+
+
+def test_misspelt_key_of_every_section_is_rejected_and_the_right_one_named():
+    problems = problems_of([f"{misspelt(name)}=1" for name in KEYS])
+    assert len(problems) == len(KEYS)
+    for name in KEYS:
+        default = "?" if name == "recipe" else " (default "  # recipe is also a pick
+        start = f"Unknown key {misspelt(name)} on the command line. Did you mean {name}{default}"
+        (problem,) = (problem for problem in problems if problem.startswith(start))
+        assert problem.endswith(f" Type {name}=1.")
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, "data.tasks.news"])

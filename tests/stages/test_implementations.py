@@ -18,7 +18,7 @@ from tdro_hpc.stages.graph import stage_graph
 from tests.reference.loss_cases import needs_library
 
 QUERIES = 2048
-STEPS = {"s0": 50, "s2": 10}
+STEPS = {"s0": 25, "s2": 5}
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
