@@ -4,7 +4,7 @@ import re
 
 from tdro_hpc.config.schema import Config, TrainingConfig
 
-STAGE_KINDS = ("prepare", "s0", "s1", "s2", "eval")  # s2-<weights> is one model of s2
+STAGE_KINDS = ("prepare", "s0", "s1", "s2", "eval", "export")  # s2-<weights> is one model of s2
 EVALUATED = ("base", "bm25", "s0", "s1", "s2")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _MIXTURES = "uniform, size, temperature:<exponent> or a weights JSON"
@@ -23,6 +23,7 @@ def cross_problems(config: Config, broken: set[str]) -> list[str]:
         (("model", "parallel"), _types(config)),
         (("s1", "s2"), _weights_of_s2(config)),
         (("eval", "s2"), _evaluated_models(config)),
+        (("export", "s2"), _exported_stage(config)),
     ]
     for name in ("s0", "s1", "s2"):
         section: TrainingConfig = getattr(config, name)
@@ -170,6 +171,22 @@ def _weights_of_s2(config: Config) -> list[str]:
                 f"Type s1.top_percents={','.join([*percents, percent])}."
             )
     return problems
+
+
+def exported_stage(config: Config) -> str:
+    """Name of the stage whose model stage export writes."""
+    return f"s2-{labels_of_s2(config)[0]}" if config.export.stage == "s2" else config.export.stage
+
+
+def _exported_stage(config: Config) -> list[str]:
+    known = ["s0", "s1", "s2", *(f"s2-{label}" for label in labels_of_s2(config))]
+    stage = config.export.stage
+    if stage in known:
+        return []
+    cure = "export.stage=s2"
+    if stage.startswith("s2-"):
+        cure = f"s2.weights={config.s2.weights},{stage.removeprefix('s2-')} to train that one too"
+    return [f"export.stage is {stage!r}; it may be {', '.join(known)}. Type {cure}."]
 
 
 def _evaluated_models(config: Config) -> list[str]:

@@ -93,11 +93,11 @@ def disk_equation(config: Config, section: TrainingConfig) -> str:
 
 
 def plan_lines(config: Config, kind: str) -> list[str]:
-    """Equations of one stage, a line each; for prepare only those of a Slurm job.
+    """Equations of one stage, a line each; for prepare and export only those of a Slurm job.
 
-    kind   prepare, s0, s1, s2, eval
+    kind   prepare, s0, s1, s2, eval, export
     """
-    if kind == "prepare":
+    if kind in ("prepare", "export"):
         return resource_lines(config.cluster, "one")
     if kind == "eval":
         return [_models_equation(config), *resource_lines(config.cluster)]

@@ -33,10 +33,10 @@ class ExportConfig:
 
     def _form_problems(self) -> list[str]:
         problems = []
-        if self.push and not _REPOSITORY.fullmatch(self.push):
+        if self.push and (not _REPOSITORY.fullmatch(self.push) or "--" in self.push or ".." in self.push):
             problems.append(
-                f"export.push is {self.push!r}; it must be <owner>/<name> of a repository on the hub. "
-                "Type export.push=my-org/my-retriever."
+                f"export.push is {self.push!r}; it must be <owner>/<name> of a repository on the hub, of letters, "
+                "digits, -, _ and . without -- and ... Type export.push=my-org/my-retriever."
             )
         if self.lora == "adapter" and self.dtype not in ("auto", "float32"):
             problems.append(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from tdro_hpc.config.bounds import above, at_least, between, one_of, require
 from tdro_hpc.config.cluster import ClusterConfig
+from tdro_hpc.config.export import ExportConfig
 
 POOLINGS = ("last", "mean", "cls")
 SIMILARITIES = ("cosine", "dot")
@@ -368,6 +369,7 @@ class Config:
     s1: S1Config = field(default_factory=S1Config)
     s2: S2Config = field(default_factory=S2Config)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ names are those of Encoder.named_parameters(), as in a checkpoint behind `parame
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,15 +26,24 @@ _OF_PEFT = "base_model.model."  # before the names of the backbone in those of p
 _OLD_ENDS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
 
+class ReadableTensors(Protocol):
+    """Whatever gives a tensor by its name: a dict, the tensors of a checkpoint."""
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
 class RenamedTensors(Mapping[str, Tensor]):
     """Some tensors under other names, read when they are asked for."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    def __init__(self, tensors: ReadableTensors, names: Mapping[str, str]) -> None:
         """names  new name -> name in `tensors`"""
         self._tensors, self._names = tensors, dict(names)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -64,6 +73,9 @@ class MergedTensors(Mapping[str, Tensor]):
         # float32: in 16 bits a small update would be lost in the sum.
         update = self._adapter[second].float() @ self._adapter[first].float()  # [out, rank] @ [rank, in]
         return update.mul_(self._scale).add_(weight)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._base  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)

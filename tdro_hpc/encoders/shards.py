@@ -51,6 +51,9 @@ class TensorFiles(Mapping[str, Tensor]):
         with safe_open(self._places[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 

@@ -14,11 +14,7 @@ def build_skeleton(config: ModelConfig) -> Any:
 
     raises  ValueError  where there is no such model, or one with code of its own
     """
-    from transformers import AutoModel
-
-    hf_config = _hf_config(config)
-    with torch.device("meta"):
-        backbone: Any = AutoModel.from_config(hf_config, dtype=getattr(torch, config.weights_dtype))
+    backbone = _whole(config)
     # As in backbone.py: no pooling here reads the layer over [CLS], so its weights are neither trained nor saved.
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
@@ -29,6 +25,11 @@ def build_skeleton(config: ModelConfig) -> Any:
     return backbone.eval()
 
 
+def has_pooler(config: ModelConfig) -> bool:
+    """Whether the architecture has a layer over [CLS], which is in none of our folders."""
+    return getattr(_whole(config), "pooler", None) is not None
+
+
 def write_config(backbone: Any, dtype: torch.dtype, folder: Path) -> None:
     """Write config.json of a skeleton whose weights are saved as `dtype`."""
     backbone.config.dtype = str(dtype).removeprefix("torch.")
@@ -36,17 +37,24 @@ def write_config(backbone: Any, dtype: torch.dtype, folder: Path) -> None:
     backbone.config.save_pretrained(str(folder))
 
 
-def folder_of_base(config: ModelConfig) -> Path:
-    """Folder with the files of config.name; a hub id is downloaded where it is not on this machine yet.
+def base_on_this_machine(config: ModelConfig) -> Path | None:
+    """Folder with the files of config.name; None for a hub id that is not downloaded, and for a tiny backbone.
 
-    config.name  no tiny backbone, which has no files
-    raises       ValueError  where there is none, in words
+    raises  ValueError  where config.name can only be a folder or a package, and there is none
     """
+    if tiny_architecture(config.name):
+        return None
     location = model_location(config.name)
     if Path(location).is_dir():
         return Path(location)
     copy = downloaded_copy(location, config.revision, needs=("config.json",))
-    return Path(copy) if copy else _download(location, config)
+    return Path(copy) if copy else None
+
+
+def folder_of_base(config: ModelConfig) -> Path:
+    """As base_on_this_machine, for a name that has files; a hub id is downloaded where it is not here yet."""
+    assert not tiny_architecture(config.name), "a tiny backbone has no files"
+    return base_on_this_machine(config) or _download(config.name, config)
 
 
 def _download(location: str, config: ModelConfig) -> Path:
@@ -62,6 +70,14 @@ def _download(location: str, config: ModelConfig) -> Path:
             f"{str(error).strip().splitlines()[0]}\nType `hf download {config.name}` where the hub can be reached, "
             "with the same HF_HOME, or export where the model was trained."
         ) from error
+
+
+def _whole(config: ModelConfig) -> Any:
+    from transformers import AutoModel
+
+    hf_config = _hf_config(config)
+    with torch.device("meta"):
+        return AutoModel.from_config(hf_config, dtype=getattr(torch, config.weights_dtype))
 
 
 def _hf_config(config: ModelConfig) -> Any:

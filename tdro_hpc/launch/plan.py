@@ -106,9 +106,11 @@ def _decide(
     for name, stage in graph.items():
         if name not in included:
             continue
-        after = tuple(need for need in stage.needs if need in steps and steps[need].action != SKIP)
-        action, fresh, reason = _action(stage, states, after, forced=name in forced)
-        steps[name] = PlannedStage(stage, action, states[name], fresh=fresh, after=after, reason=reason)
+        first = dict.fromkeys((*stage.needs, *stage.follows))
+        before = [other for other in first if other in steps and steps[other].action != SKIP]
+        made_first = tuple(need for need in stage.needs if need in before)
+        action, fresh, reason = _action(stage, states, made_first, forced=name in forced)
+        steps[name] = PlannedStage(stage, action, states[name], fresh=fresh, after=tuple(before), reason=reason)
     return steps
 
 
@@ -207,7 +209,8 @@ def _refusals(steps: Mapping[str, PlannedStage], forced: set[str]) -> list[str]:
         if is_busy and name in forced:
             problems.append(f"{name} cannot be forced while it is {step.reason}. {_CANCEL}")
         # What is queued behind a job in the queue is an ordinary chain.
-        below = [need for need in step.after if step.action == RUNNING or steps[need].action == RUN]
+        made_first = [need for need in step.after if need in step.stage.needs]
+        below = [need for need in made_first if step.action == RUNNING or steps[need].action == RUN]
         if is_busy and below:
             problems.append(_made_again_below(name, step.reason, below))
         changes = changed_keys(step.state.keys, step.state.keys_now)

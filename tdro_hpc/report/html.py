@@ -21,7 +21,7 @@ figure { margin: 1rem 0; } figure img { max-width: 100%; } figcaption { color: #
 pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; }
 .done { color: #19692c; } .failed { color: #a4161a; } .running { color: #155fa0; } .stopped { color: #8a5a00; }
 """
-_CAPTIONS = {
+CAPTIONS = {
     "loss": "Mean loss of each logging interval.",
     "throughput": "Queries a second of each logging interval.",
     "alpha": "Task weights over steps. The grey line is uniform; names stand in the order of the last weights.",
@@ -115,8 +115,8 @@ def _config_section(stage_dirs: list[Path]) -> str:
 
 def _pictures(uris: dict[str, str], stage: str, names: tuple[str, ...]) -> str:
     return "\n".join(
-        f'<figure><img src="{uris[name]}" alt="{_text(stage)}: {_text(_CAPTIONS[name])}">'
-        f"<figcaption>{_text(_CAPTIONS[name])}</figcaption></figure>"
+        f'<figure><img src="{uris[name]}" alt="{_text(stage)}: {_text(CAPTIONS[name])}">'
+        f"<figcaption>{_text(CAPTIONS[name])}</figcaption></figure>"
         for name in names
         if name in uris
     )

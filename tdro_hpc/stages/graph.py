@@ -1,5 +1,6 @@
 """What each stage needs and makes, as plain data that the login node can read. Imports nothing heavy."""
 
+from tdro_hpc.config.checks import exported_stage
 from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.stage import Stage
 
@@ -40,11 +41,19 @@ def stage_graph(config: Config) -> dict[str, Stage]:
         needs = data if files else (*data, "s1")
         stages.append(_training(name, "s2", needs, ("model",), files))
     stages.append(Stage("eval", "eval", data + _evaluated(config), ("scores",), ("seed", "model", "eval")))
+    stages.append(_export(config))
     return {stage.name: stage for stage in stages}
 
 
 def _training(name: str, kind: str, needs: tuple[str, ...], makes: tuple[str, ...], files: tuple[str, ...]) -> Stage:
     return Stage(name, kind, needs, makes, (*_TRAINING_KEYS, kind), files=files, trains=True)
+
+
+def _export(config: Config) -> Stage:
+    trained = exported_stage(config)
+    needs = (trained,) if config.export.checkpoint == 0 else ()  # a checkpoint is there before its stage is done
+    # The model card has the table of eval where there is one.
+    return Stage("export", "export", needs, ("model",), ("export",), ranks="one", follows=(trained, "eval"))
 
 
 def _files(weights: str) -> tuple[str, ...]:

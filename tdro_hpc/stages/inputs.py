@@ -8,6 +8,7 @@ from pathlib import Path
 from tdro_hpc.config.layouts import layout_problems, unchecked_line
 from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.stage import Stage
+from tdro_hpc.stages.export_inputs import export_problems
 
 _INSTALL_DEEPSPEED = "pip install 'deepspeed>=0.19,<0.20'"
 
@@ -28,6 +29,8 @@ def input_problems(config: Config, stages: Sequence[Stage]) -> list[str]:
         problems += [*layout_problems(config), *_engine_problems(config)]
     if "eval" in sections:
         problems += _evaluation_problems(config)
+    if "export" in sections:
+        problems += export_problems(config)
     return list(dict.fromkeys(problems))
 
 

@@ -11,7 +11,7 @@ from tdro_hpc.config.load import load_config
 from tdro_hpc.config.schema import Config, ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-REFERENCE = ["run", "s0", "s1", "s2", "eval"]  # together they hold every key but those of the picked sections
+REFERENCE = ["run", "s0", "s1", "s2", "eval", "export"]  # together they hold every key but those of the picked sections
 OWN_FILES = [
     path
     for path in sorted(CONFIGS.rglob("*.yaml"))
