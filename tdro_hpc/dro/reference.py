@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tdro_hpc.atomic import replaced_file
 from tdro_hpc.data.batches import Batch
+from tdro_hpc.parallel.process import Process, any_rank
 
 
 class ReferenceLosses(Protocol):
@@ -81,14 +82,15 @@ def compute_reference_losses(
     steps: Iterator[list[Batch]],
     row_losses: Callable[[Batch], Tensor],
     *,
-    data_rank: int,
+    process: Process,
     steps_per_file: int,
     should_stop: Callable[[], bool],
     progress: Callable[[int], None],
 ) -> bool:
     """Write the reference loss of every row of `steps`, a file each `steps_per_file` steps; False if asked to stop.
 
-    Rows that are in the folder already are not computed again, so a stopped pass continues where it was.
+    Rows that are in the folder already are not computed again, so a stopped pass continues where it was. All ranks call
+    it together; each replica writes its rows once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = CachedReference(folder) if _files(folder) else None
@@ -97,18 +99,19 @@ def compute_reference_losses(
     number = 0
     for number, batches in enumerate(steps, start=1):
         for batch in batches:
-            if known is None or not known.has(batch):
+            # The ranks of a replica embed together, so none goes on alone where a disk shows them different files.
+            if any_rank(known is None or not known.has(batch)):
                 with torch.no_grad():
                     losses = row_losses(batch)
                 ids.append(batch.draw_ids.cpu().numpy())
                 values.append(losses.float().cpu().numpy())
         if number % steps_per_file == 0:
-            _write(folder, data_rank, number, ids, values)
+            _write(folder, process, number, ids, values)
             ids, values = [], []
             progress(number)
             if should_stop():
                 return False
-    _write(folder, data_rank, number, ids, values)
+    _write(folder, process, number, ids, values)
     return True
 
 
@@ -121,10 +124,10 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return file["draw_ids"], file["losses"]
 
 
-def _write(folder: Path, data_rank: int, number: int, ids: list[np.ndarray], values: list[np.ndarray]) -> None:
-    if not ids:
+def _write(folder: Path, process: Process, number: int, ids: list[np.ndarray], values: list[np.ndarray]) -> None:
+    if not ids or process.pipeline_rank or process.tensor_rank:
         return
     # Named by the rows it holds, so that a pass with another number of ranks adds files and overwrites none.
-    name = f"losses-{int(ids[0][0]):016x}-{data_rank}-{number}.npz"
+    name = f"losses-{int(ids[0][0]):016x}-{process.data_rank}-{number}.npz"
     with replaced_file(folder / name) as temporary, open(temporary, "wb") as file:
         np.savez(file, draw_ids=np.concatenate(ids), losses=np.concatenate(values))

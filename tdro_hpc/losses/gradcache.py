@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tdro_hpc.data.tokens import Tokens
-from tdro_hpc.parallel.engine import Engine
+from tdro_hpc.parallel.engine import Engine, FrozenModel
 
 
 @dataclass
@@ -50,6 +50,19 @@ def cached_backward(
     shares = [gradients[chunk.part][chunk.rows.to(gradients[chunk.part].device, non_blocking=True)] for chunk in chunks]
     engine.backward_chunks(tokens, shares, synchronise=synchronise)
     return loss.detach()
+
+
+def embed_parts(model: FrozenModel, parts: list[Tokens], chunk_tokens: int | None) -> list[Tensor]:
+    """Embeddings [rows, width] of each part, in the order of its rows, without gradient.
+
+    chunk_tokens  as in `cached_backward`; None = each part whole, where the model can
+    """
+    if chunk_tokens is None:
+        return model.embed_chunks(parts)
+    chunks = split_parts(parts, chunk_tokens)
+    return [
+        whole.detach() for whole in _in_order(parts, chunks, model.embed_chunks([chunk.tokens for chunk in chunks]))
+    ]
 
 
 def split_parts(parts: list[Tokens], chunk_tokens: int) -> list[Chunk]:

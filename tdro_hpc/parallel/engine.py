@@ -8,6 +8,14 @@ from tdro_hpc.data.tokens import Tokens
 from tdro_hpc.parallel.process import Process
 
 
+class FrozenModel(Protocol):
+    """A model that is not trained: no gradients, no optimiser, evaluation mode."""
+
+    def embed_chunks(self, chunks: list[Tokens]) -> list[Tensor]:
+        """Embeddings [rows, width] float32 of each chunk, without gradient; bit-equal on the ranks of a replica."""
+        ...
+
+
 class Engine(Protocol):
     """Embed, backward, step, state. One optimiser step = embed and backward, once or more, then step.
 

@@ -10,13 +10,15 @@ from tdro_hpc.config.schema import Config, DataConfig, TrainingConfig
 from tdro_hpc.data.batches import Batch, Batches
 from tdro_hpc.data.mixture import Mixture, weights_of
 from tdro_hpc.data.tasks import Task, open_tasks
-from tdro_hpc.encoders.backbone import Encoder, load_encoder, parameter_counts
+from tdro_hpc.encoders.export import RenamedTensors, write_model
 from tdro_hpc.encoders.saving import save_encoder
 from tdro_hpc.encoders.tokenization import TextTokenizer, load_tokenizer
+from tdro_hpc.parallel.build import build_engine
+from tdro_hpc.parallel.engine import Engine
 from tdro_hpc.parallel.process import Process, wait_for_all
 from tdro_hpc.parallel.torch_engine import TorchEngine
 from tdro_hpc.stages.graph import Stage
-from tdro_hpc.training.checkpoint import Part
+from tdro_hpc.training.checkpoint import ENGINE, Part, checkpoint_folder, open_checkpoint
 from tdro_hpc.training.finite import FiniteWatch
 from tdro_hpc.training.loop import Loop, Step, run_loop
 from tdro_hpc.training.metrics import Metrics
@@ -50,8 +52,7 @@ class Training:
     mixture: Mixture
     tokenizer: TextTokenizer
     batches: Batches
-    encoder: Encoder
-    engine: TorchEngine
+    engine: Engine
     metrics: Metrics
     watch: FiniteWatch
 
@@ -91,8 +92,18 @@ class Training:
         run_loop(loop, step, self.read)
         if self.process.first:
             with new_folder(self.stage_dir / "out" / "model") as folder:
-                save_encoder(self.encoder, self.tokenizer, folder)
+                self._save_model(folder)
         wait_for_all()
+
+    def _save_model(self, folder: Path) -> None:
+        if isinstance(self.engine, TorchEngine):
+            save_encoder(self.engine.encoder, self.tokenizer, folder)
+            return
+        # No rank has the whole model: it is put together from the parts that all ranks have just saved.
+        checkpoint = open_checkpoint(checkpoint_folder(self.stage_dir / "checkpoints", self.training.steps))
+        tensors = checkpoint.tensors(ENGINE)
+        names = {name.removeprefix("parameter."): name for name in tensors.keys() if name.startswith("parameter.")}
+        write_model(self.config.model, self.tokenizer, RenamedTensors(tensors, names), folder)
 
 
 def assemble(
@@ -124,7 +135,7 @@ def assemble(
         data_size=process.data_size,
         seed=config.seed,
     )
-    encoder = load_encoder(config.model, device=process.device, seed=config.seed)
+    engine = build_engine(config.model, config.parallel, process, training, seed=config.seed)
     metrics = Metrics(
         run_dir / stage.name,
         stage=stage.name,
@@ -134,7 +145,7 @@ def assemble(
         first_rank=process.first,
         tensorboard=config.logging.tensorboard,
     )
-    _say_start(stage, tasks, encoder, metrics)
+    _say_start(stage, tasks, engine, metrics)
     return Training(
         config=config,
         stage=stage,
@@ -145,8 +156,7 @@ def assemble(
         mixture=mixture,
         tokenizer=tokenizer,
         batches=batches,
-        encoder=encoder,
-        engine=TorchEngine(encoder, process, training),
+        engine=engine,
         metrics=metrics,
         watch=FiniteWatch(list(tasks), process.device),
     )
@@ -180,10 +190,10 @@ class _MixtureState:
         self.owner.mixture.load_state(state["values"])
 
 
-def _say_start(stage: Stage, tasks: dict[str, Task], encoder: Encoder, metrics: Metrics) -> None:
+def _say_start(stage: Stage, tasks: dict[str, Task], engine: Engine, metrics: Metrics) -> None:
     if not metrics.first_rank:
         return
-    total, trainable = parameter_counts(encoder)
+    total, trainable = engine.parameter_counts
     rows = sum(len(task) for task in tasks.values())
     metrics.say(f"{stage.name} {len(tasks)} tasks, {rows:,} rows | {trainable:,} of {total:,} parameters are trained")
     for name, task in tasks.items():

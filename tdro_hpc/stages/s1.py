@@ -12,12 +12,11 @@ from tdro_hpc.atomic import write_json, write_text
 from tdro_hpc.config.schema import Config
 from tdro_hpc.data.batches import Batch
 from tdro_hpc.data.tasks import open_tasks
-from tdro_hpc.data.tokens import Tokens
 from tdro_hpc.dro.artefacts import check_percents, documents_of, percents_of, write_documents
 from tdro_hpc.dro.reference import CachedReference, OnlineReference, ReferenceLosses, compute_reference_losses
 from tdro_hpc.dro.weights import TaskWeights
-from tdro_hpc.encoders.backbone import load_encoder
-from tdro_hpc.losses.gradcache import split_by_length
+from tdro_hpc.losses.gradcache import embed_parts
+from tdro_hpc.parallel.build import build_frozen
 from tdro_hpc.parallel.process import Process, wait_for_all
 from tdro_hpc.stages.assembly import Training, assemble, data_of
 from tdro_hpc.stages.graph import Stage
@@ -66,28 +65,21 @@ def _reference(training: Training) -> ReferenceLosses:
 
 
 class _ReferenceModel:
-    """The model of s0 in evaluation mode: batch -> row losses. Under gradient caching it embeds in the same chunks."""
+    """The model of s0 in evaluation mode, on the same mesh as the proxy: batch -> row losses."""
 
     def __init__(self, training: Training) -> None:
-        config, process = training.config, training.process
+        config, self.process = training.config, training.process
         folder = training.run_dir / "s0" / "out" / "model"
-        self.encoder = load_encoder(config.model, folder=folder, device=process.device, seed=config.seed)
-        self.encoder.eval().requires_grad_(False)
-        self.training, self.loss, self.device = training.training, config.loss, process.device
+        self.model = build_frozen(config.model, config.parallel, self.process, folder=folder, seed=config.seed)
+        self.training, self.loss = training.training, config.loss
+        # In the chunks of the proxy, so that both losses of a row round alike.
+        self.chunk_tokens = config.loss.chunk_tokens if config.loss.gradient_cache or training.engine.chunked else None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        batch = batch.to(self.device)
-        embeddings = [self._embed(tokens) for tokens in (batch.query_tokens, batch.passage_tokens)]
+        batch = batch.to(self.process.device)
+        embeddings = embed_parts(self.model, [batch.query_tokens, batch.passage_tokens], self.chunk_tokens)
         return row_losses(embeddings, batch, self.training, self.loss)
-
-    def _embed(self, tokens: Tokens) -> Tensor:
-        """[rows, width], in the order of the tokens."""
-        if not self.loss.gradient_cache:
-            return self.encoder(tokens)
-        chunks = split_by_length(tokens, 0, self.loss.chunk_tokens)
-        embedded = torch.cat([self.encoder(chunk.tokens) for chunk in chunks])
-        return torch.empty_like(embedded).index_copy_(0, torch.cat([chunk.rows for chunk in chunks]), embedded)
 
 
 def _compute(training: Training, folder: Path) -> None:
@@ -98,7 +90,7 @@ def _compute(training: Training, folder: Path) -> None:
         folder,
         training.batches.iterate(0, steps, num_workers=workers),
         _ReferenceModel(training),
-        data_rank=training.process.data_rank,
+        process=training.process,
         steps_per_file=training.training.log_every_steps,
         should_stop=stop.agreed,  # every rank has as many steps, so all ask at the same file boundary
         progress=lambda number: (

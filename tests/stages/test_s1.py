@@ -60,7 +60,7 @@ def test_cached_losses_make_the_reference_model_unnecessary(trained, monkeypatch
     def refuse(*words, **more):
         raise AssertionError("the reference model was loaded")
 
-    monkeypatch.setattr(s1, "load_encoder", refuse)
+    monkeypatch.setattr(s1, "build_frozen", refuse)
     run(folder, "s1", "s1.reference_losses=cached", "s1.eta=0.1")  # another eta reads the same losses
     after = (folder / "run" / "s1" / "trajectory.jsonl").read_text()
     assert after != before
@@ -75,7 +75,7 @@ def test_loss_reweighting_trains_on_uniform_draws_with_factors(trained):
 
 
 def test_percent_that_keeps_no_task_is_refused_before_the_model_is_loaded(trained, monkeypatch):
-    monkeypatch.setattr(assembly, "load_encoder", None)
+    monkeypatch.setattr(assembly, "build_engine", None)
     with pytest.raises(ValueError, match="top20 of 3 tasks.*s1.top_percents=50,70"):
         run(trained[0], "s1", "s1.top_percents=20,50,70")
 
@@ -98,7 +98,7 @@ def test_reference_in_chunks_gives_the_same_losses_and_never_more_tokens(trained
     chunked = ["loss.gradient_cache=true", "loss.chunk_tokens=100"]
     whole, pieces = (training_of(trained[0], *more) for more in (["loss.gradient_cache=false"], chunked))
     model, sizes = s1._ReferenceModel(pieces), []
-    model.encoder.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].input_ids.numel()))
+    model.model.encoder.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].input_ids.numel()))
     batch = whole.batches.batch(0, 0)
     found = model(batch)
     torch.testing.assert_close(found, s1._ReferenceModel(whole)(batch), rtol=1e-4, atol=1e-5)
@@ -129,7 +129,7 @@ def test_negatives_of_the_same_task_measure_proxy_against_reference_on_the_same_
     run(folder, "s1", *more, name="task")
     training = training_of(folder, *more)
     batches = [training.batches.batch(0, micro_step) for micro_step in range(2)]
-    sides = [training.encoder, s1._ReferenceModel(training).encoder]
+    sides = [training.engine.encoder, s1._ReferenceModel(training).model.encoder]
     proxy, reference = (
         torch.cat([losses_by_hand(encoder, batch, config_of(folder, 1, []).s1.temperature) for batch in batches])
         for encoder in sides
