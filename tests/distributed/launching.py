@@ -1,40 +1,88 @@
-"""Starts the ranks of a test as processes and waits for them."""
+"""Starts the ranks of a test as processes and waits for them.
 
+They are forked from one process that has imported what they import, which takes each of them seconds otherwise.
+"""
+
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import psutil
+import pytest
 
 TEARDOWN = "terminate called without an active exception"
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+# None of them may start threads or ask for a GPU when it is imported.
+IMPORTED = ["tests.distributed.training_run", "tests.distributed.evaluation_run", "tests.distributed.loss_rank"]
+IMPORTED += ["peft", *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "bert"))]
 
 
-def start_ranks(script: str, folder: Path, world: int, words: list[str]) -> list[subprocess.Popen]:
+@cache
+def _forking() -> multiprocessing.context.ForkServerContext:
+    """The server runs, with the environment of ranks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
+def _run_script(path: Path, words: list[str], log: Path) -> None:
+    """`python path words` in this process."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    sys.argv = [str(path), *words]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def start_ranks(script: str, folder: Path, world: int, words: list[str]) -> list[BaseProcess]:
     """`world` processes of tests/distributed/<script>, their words in <folder>/rank-<n>.txt."""
     rendezvous = f"file://{tempfile.mktemp(dir=folder)}"
     ranks = []
     for rank in range(world):
-        with open(folder / f"rank-{rank}.txt", "w") as log:
-            command = [sys.executable, str(Path(__file__).parent / script)]
-            command += [str(folder), str(rank), str(world), rendezvous, *words]
-            ranks.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT, cwd=ROOT))
+        line = [str(folder), str(rank), str(world), rendezvous, *words]
+        arguments = Path(__file__).with_name(script), line, folder / f"rank-{rank}.txt"
+        ranks.append(_forking().Process(target=_run_script, args=arguments))
+        ranks[-1].start()
     return ranks
 
 
-def wait_for_ranks(ranks: list[subprocess.Popen], folder: Path, *, seconds: float = 300) -> None:
+def end_ranks(ranks: list[BaseProcess]) -> None:
+    """kill -9 for each that still runs, and for what it has started: a loader process may not notice its end."""
+    for rank in ranks:
+        started = []
+        with suppress(psutil.NoSuchProcess):
+            started = psutil.Process(rank.pid).children(recursive=True)
+        rank.kill()
+        rank.join()
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def wait_for_ranks(ranks: list[BaseProcess], folder: Path, *, seconds: float = 300) -> None:
     """All ranks ended well, or an AssertionError with the last words of each."""
     deadline = time.monotonic() + seconds
     try:
         for rank in ranks:
-            rank.wait(timeout=max(0.1, deadline - time.monotonic()))
+            rank.join(max(0.1, deadline - time.monotonic()))
     finally:
-        for rank in ranks:
-            rank.kill()
+        end_ranks(ranks)
     words = [(folder / f"rank-{number}.txt").read_text()[-3000:] for number in range(len(ranks))]
-    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n---\n".join(words)
+    assert [rank.exitcode for rank in ranks] == [0] * len(ranks), "\n---\n".join(words)
 
 
 def run_ranks(script: str, folder: Path, world: int, words: list[str]) -> None:

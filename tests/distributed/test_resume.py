@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import run_ranks, start_ranks
+from tests.distributed.launching import end_ranks, run_ranks, start_ranks
 from tests.distributed.training_run import write_tasks
 
 SCRIPT = "training_run.py"
@@ -67,9 +67,7 @@ def test_interrupted_equals_unbroken(world: int, signals: tuple[str, str], setti
     try:
         wait_until(lambda: steps_of_checkpoints(tmp_path / "killed" / "s1"), "the first checkpoint")
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        end_ranks(ranks)
     assert not (tmp_path / "killed" / "s1" / "out" / "model").exists()
     run_ranks(SCRIPT, tmp_path, world, [*settings, "s1:killed"])
     assert_same_bits(tmp_path / "unbroken" / "s1", tmp_path / "killed" / "s1")
