@@ -35,10 +35,15 @@ def build_optimizer(model: nn.Module, training: TrainingConfig, *, apex: bool = 
         "betas": (training.adam_beta1, training.adam_beta2),
         "eps": training.adam_epsilon,
     }
-    fused_adam = _apex_fused_adam() if apex and all(parameter.is_cuda for parameter in trained) else None
+    fused_adam = _apex_fused_adam() if apex and on_gpu(trained) else None
     if fused_adam is not None:
         return fused_adam(groups, adam_w_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def on_gpu(parameters: list[nn.Parameter]) -> bool:
+    """Whether all of them are on a GPU."""
+    return all(parameter.is_cuda for parameter in parameters)
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tdro_hpc.config.schema import ModelConfig, ParallelConfig, TrainingConfig
+from tdro_hpc.config.schema import ParallelConfig, TrainingConfig
 from tdro_hpc.data.tokens import Tokens
 from tdro_hpc.encoders.lora import parameter_counts
 from tdro_hpc.parallel.deepspeed_setup import initialised, shared_settings, start_deepspeed
@@ -42,13 +42,15 @@ class ZeroEngine:
               in a pass
     training  learning rate, schedule, AdamW and clipping
     parallel  zero and offload
-    raises    ValueError for types of number that ZeRO cannot train here, or if DeepSpeed is not installed
+    raises    ValueError if DeepSpeed is not installed
     """
 
     def __init__(
         self, encoder: "Encoder", process: Process, training: TrainingConfig, parallel: ParallelConfig
     ) -> None:
-        _require_types(encoder.config, parallel)
+        model = encoder.config
+        assert "float16" not in (model.weights_dtype, model.autocast), "refused by the checks of the config"
+        assert parallel.zero or model.weights_dtype != "bfloat16", "chunks would be summed in bfloat16: also refused"
         deepspeed = start_deepspeed(process)
         self.encoder, self.process, self.training = encoder.train(), process, training
         self.steps_done, self.chunked = 0, False
@@ -57,7 +59,7 @@ class ZeroEngine:
         self._stage = parallel.zero
         # apex counts the steps of a group of parameters: ZeRO-3 steps a group in pieces. And it knows no CPU.
         optimizer = build_optimizer(encoder, training, apex=parallel.zero < 3 and not parallel.offload)
-        settings = _settings(encoder, process, training, parallel)
+        settings = zero_settings(encoder, process, training, parallel)
         self._engine = initialised(deepspeed, _Embedder(encoder), optimizer, settings)
         self._replay = Replay(self, process.device)
         self._chunks_added = 0  # of the embed_chunks before
@@ -172,23 +174,7 @@ class _Embedder(nn.Module):
         return [self.encoder(tokens) for tokens in parts]
 
 
-def _require_types(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Nothing, or a ValueError for weights and products that cannot be trained under ZeRO here."""
-    if "float16" in (model.weights_dtype, model.autocast):
-        raise ValueError(
-            f"parallel.engine=deepspeed with model.weights_dtype={model.weights_dtype} and model.autocast="
-            f"{model.autocast}: float16 would need loss scaling, which is not offered there. Set bfloat16 or float32."
-        )
-    if parallel.zero == 0 and model.weights_dtype == "bfloat16":
-        raise ValueError(
-            "parallel.zero is 0 with model.weights_dtype=bfloat16: DeepSpeed would sum the gradients of the chunks in "
-            "bfloat16. Set parallel.zero=1, or model.weights_dtype=float32."
-        )
-    if parallel.zero == 0 and parallel.offload:
-        raise ValueError("parallel.offload needs an optimiser that is split over ranks. Set parallel.zero=1, 2 or 3.")
-
-
-def _settings(
+def zero_settings(
     encoder: "Encoder", process: Process, training: TrainingConfig, parallel: ParallelConfig
 ) -> dict[str, Any]:
     """What deepspeed.initialize is told."""
