@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.stops import held
 from tests.cluster.user import PATIENCE_SECONDS, ROOT, User, training_words
 
-ONE_RANK = ["cluster.nodes=1", "cluster.ranks_per_node=1", "s0.save_every_steps=1000"]
+ONE_RANK = ["cluster.nodes=1", "s0.save_every_steps=1000"]
 NODES = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--mem=8G", "--time=00:30:00", "--signal=USR2@20"]
 
 
@@ -30,7 +30,7 @@ def files_of(stage_dir: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_a_chain_by_hand_makes_what_the_front_door_makes(user: User) -> None:
     user.make_data()
-    words = [word.replace("s0.steps=4", "s0.steps=30") for word in training_words()]
+    words = training_words()
     keys = [word for word in words if word != "cluster=testcluster"]
     user.type(*words, "stage=s1", "name=door")
     told = by_hand(user, str(ROOT / "slurm" / "chain.sh"), "s0", "s1", *keys, "name=hand", "--", *NODES).stdout

@@ -10,7 +10,7 @@ from tests.cluster.user import User, training_words
 
 CHAIN = ["s0", "s1", "s2-curr", "eval"]
 # One rank, which imports torch only once: for chains of which only the order counts.
-SMALL = ["cluster.nodes=1", "cluster.ranks_per_node=1", "s0.save_every_steps=100"]
+SMALL = ["cluster.nodes=1", "s0.save_every_steps=100"]
 
 
 def on_this_machine(words: list[str]) -> list[str]:

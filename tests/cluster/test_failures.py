@@ -31,7 +31,7 @@ def wait_dead(user: User, name: str, *stages: str) -> None:
 def test_exception_and_killed_rank(user: User) -> None:
     """An exception, then a rank that the kernel kills: first cause, dependents, and the same line twice more."""
     order(user, "count", stage="s0", rank=3, step=6, how="raise")
-    user.count(*CHAIN)
+    user.count(*CHAIN, ranks_per_node=2)
     wait_dead(user, "count", "s0", "s1")
     failed = user.failed("count", "s0")
     assert (failed["rank"], failed["host"]) == (3, "node2"), failed
@@ -40,11 +40,11 @@ def test_exception_and_killed_rank(user: User) -> None:
     assert 'raise ValueError("the loss is not finite' in Path(failed["log"]).read_text()
     words = f"dead: s0 failed at step {failed['step']}: rank 3 on node2: the loss is not finite (log {failed['log']})"
     assert [words in told_of(user, "count", stage) for stage in ("s0", "s1")] == [True, True]
-    told = user.count("stage=s1", *CHAIN[1:], status=2)
+    told = user.count("stage=s1", *CHAIN[1:], ranks_per_node=2, status=2)
     assert "Type stage=s0,s1" in told.stderr and not user.cluster.squeue()
 
     order(user, "count", stage="s1", rank=2, step=7, how="kill")
-    user.count(*CHAIN)
+    user.count(*CHAIN, ranks_per_node=2)
     wait_dead(user, "count", "s1")
     assert "s0 begins after step 4" in log_of(user, "count", "s0")
     assert total(user, "count", "s0") == sum(range(13))
@@ -57,7 +57,7 @@ def test_exception_and_killed_rank(user: User) -> None:
     batch = user.file("count", "s1", "log", "slurm", f"{user.job('count', 's1')}_0_log.err").read_text()
     assert "srun: error: node2: task 2: Killed" in batch and "losed by peer" not in failed["error"]
 
-    user.count(*CHAIN)
+    user.count(*CHAIN, ranks_per_node=2)
     user.wait_done("count", "s0", "s1")
     assert "s1 begins after step 4" in log_of(user, "count", "s1")
     assert total(user, "count", "s1") == sum(range(13))

@@ -44,12 +44,12 @@ def wait_until_saved(user: User) -> None:
 def test_daemons_die_and_come_back(whole: User) -> None:
     """slurmd dies under a stage, then slurmctld while one job runs and one waits: the chain goes on, none is twice."""
     user, cluster = whole, whole.cluster
-    order(user, "count", stage="s0", rank=2, step=4, how="wait", until="go-4")
+    order(user, "count", stage="s0", rank=1, step=4, how="wait", until="go-4")
     user.count(*CHAIN)
     jobs = [user.job("count", stage) for stage in ("s0", "s1")]
     wait_for_step(user, "count", 3)
     cluster.kill_slurmd("node2")
-    order(user, "count", stage="s0", rank=2, step=8, how="wait", until="go-8")
+    order(user, "count", stage="s0", rank=1, step=8, how="wait", until="go-8")
     may_go_on(user, "go-4")
     wait_for_step(user, "count", 7)  # steps go on without slurmd
     cluster.start_slurmd("node2")
@@ -83,7 +83,7 @@ def test_nodes_are_lost(whole: User) -> None:
     """One node loses power under a job of two nodes; another is given up by Slurm, but its rank lives on."""
     user, cluster = whole, whole.cluster
     user.make_data()
-    order(user, "count", stage="s0", rank=2, step=7, how="wait", until="never")
+    order(user, "count", stage="s0", rank=1, step=7, how="wait", until="never")
     user.count(*CHAIN)
     real = [word for word in training_words(60) if word != "s0.save_every_steps=500"]
     real += [*ALONE[1:], "stage=s0", "s0.save_every_steps=5"]

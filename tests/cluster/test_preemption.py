@@ -47,7 +47,7 @@ def test_a_preempted_stage_changes_no_bit_where_the_site_sends_only_sigterm() ->
     with running_cluster(nodes=4, user_signal=False) as cluster, person_on(cluster) as user:
         user.make_data()
         words = [*training_words(STEPS, stages=("s0",)), *training_words(1, stages=("s1", "s2"))]
-        words = list(dict.fromkeys(words))
+        words = [*dict.fromkeys(words), "cluster.ranks_per_node=1"]
         user.type(*words, "stage=s0,s1", "name=broken", "cluster.exclude=node[3-4]")
         user.type(*words, "stage=s0", "name=whole", "cluster.exclude=node[1-2]")
         high = preempt(user, ["broken"])

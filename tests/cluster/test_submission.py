@@ -57,7 +57,7 @@ def test_what_slurm_refuses_is_told_in_its_words_and_leaves_nothing(user: User) 
     told = is_refused(user, "cluster.partition=nope")
     assert "invalid partition specified: nope" in told and "Change cluster.partition" in told, told
     assert "s0 was not submitted." in told and "The command was: sbatch " in told, told
-    told = is_refused(user, "cluster.gpus_per_node=9", "cluster.ranks_per_node=2")
+    told = is_refused(user, "cluster.gpus_per_node=9")
     assert "Requested node configuration is not available" in told and "cluster.gpus_per_node" in told, told
 
     user.make_data()
@@ -118,7 +118,7 @@ def test_a_sweep_makes_a_chain_for_each_value(user: User) -> None:
 
 @pytest.mark.slow
 def test_two_people_have_runs_of_their_own(user: User, nobody: User) -> None:
-    small = ["cluster.nodes=1", "cluster.ranks_per_node=1", "s0.steps=2"]
+    small = ["cluster.nodes=1", "s0.steps=2"]
     user.count("stage=s0,s1", HELD)
     own = {user.job("count", "s0"), user.job("count", "s1")}
     nobody.count("stage=s0", *small)

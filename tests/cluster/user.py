@@ -15,7 +15,7 @@ from tests.cluster.cluster import Cluster
 from tests.distributed.training_run import write_tasks
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 240.0  # four ranks on two cores take many seconds to import torch
+PATIENCE_SECONDS = 240.0  # ranks on two cores take many seconds to import torch
 
 
 def training_words(steps: int = 4, *, stages: tuple[str, ...] = ("s0", "s1", "s2")) -> list[str]:
@@ -51,9 +51,12 @@ class User:
         command = [self.python, "-m", module, *words]
         return self.cluster.run(*command, status=status, timeout_seconds=seconds, **options)
 
-    def count(self, *words: str, name: str = "count", status: int | None = 0) -> subprocess.CompletedProcess:
-        """The front door over the counting stages (tests/launch/counting.py) on two nodes with two ranks each."""
+    def count(
+        self, *words: str, name: str = "count", ranks_per_node: int = 1, status: int | None = 0
+    ) -> subprocess.CompletedProcess:
+        """The front door over the counting stages (tests/launch/counting.py) on two nodes."""
         keys = ["cluster=testcluster", f"name={name}", "s0.warmup_steps=0", "logging.plots=false", "eval.models=base"]
+        keys.append(f"cluster.ranks_per_node={ranks_per_node}")
         return self.type("submit", *words, *keys, module="tests.launch.counting", status=status)
 
     def make_data(self) -> None:
