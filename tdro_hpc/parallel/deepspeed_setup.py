@@ -54,8 +54,14 @@ def start_deepspeed(process: Process) -> ModuleType:
     """DeepSpeed in the process group of this run. All ranks call it together, after start_process."""
     deepspeed = import_deepspeed(process.device.type)
     if not dist.is_initialized():  # one rank alone: its collectives need a group of one
-        backend = "nccl" if process.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        on_gpu = process.device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+            device_id=process.device if on_gpu else None,
+        )
     os.environ["LOCAL_RANK"] = str(process.local_rank)  # the only way to tell it
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed

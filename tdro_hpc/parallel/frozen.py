@@ -41,7 +41,7 @@ class WholeEncoder:
 class SplitEncoder:
     """A frozen model whose weights are split over the data ranks, which put each layer together when they need it.
 
-    The encoder's parameters are empty afterwards but in a pass. Parts that are used by all, such as norms, stay whole.
+    The encoder's parameters are empty afterwards but in a pass; small ones, such as norms, are whole as well.
     """
 
     def __init__(self, encoder: nn.Module, process: Process) -> None:

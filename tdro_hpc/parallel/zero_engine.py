@@ -2,6 +2,9 @@
 
 ZeRO-1 splits masters and moments over the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too; ZeRO-0 splits
 nothing. DeepSpeed runs the passes, the reductions and the optimiser's step, nothing else.
+
+Under ZeRO-3 autograd keeps the weights that the forward put together until the backward has used them, so it saves
+memory only where activations are recomputed (model.gradient_checkpointing): then they live for a layer.
 """
 
 from collections.abc import Iterator
@@ -31,7 +34,7 @@ from tdro_hpc.parallel.zero_state import gathered, take_over
 if TYPE_CHECKING:
     from tdro_hpc.encoders.backbone import Encoder
 
-BUCKET_ELEMENTS = 200_000_000  # gradients that are reduced together, and weights that are gathered together, at most
+BUCKET_ELEMENTS = 200_000_000  # gradients that are reduced together, at most
 PERSISTENT_ELEMENTS = 100_000  # under ZeRO-3 smaller parameters stay whole on every rank between steps
 
 

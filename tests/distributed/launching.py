@@ -20,10 +20,11 @@ import pytest
 
 TEARDOWN = "terminate called without an active exception"
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 # None of them may start threads or ask for a GPU when it is imported.
 IMPORTED = ["tests.distributed.training_run", "tests.distributed.evaluation_run", "tests.distributed.loss_rank"]
 IMPORTED += ["peft", *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "bert"))]
+IMPORTED += ["deepspeed.runtime.zero.muon.muon_optimizer"]  # the slowest of what its engines import
 
 
 @cache
