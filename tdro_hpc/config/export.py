@@ -7,7 +7,8 @@ from tdro_hpc.config.bounds import above, at_least, one_of, require
 
 NEWEST_CHECKPOINT = -1
 EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REPOSITORY = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+_NOT_IN_NAMES = re.compile(r"--|\.\.|\.git$")
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class ExportConfig:
 
     def _form_problems(self) -> list[str]:
         problems = []
-        if self.push and (not _REPOSITORY.fullmatch(self.push) or "--" in self.push or ".." in self.push):
+        if self.push and (not _REPOSITORY.fullmatch(self.push) or _NOT_IN_NAMES.search(self.push)):
             problems.append(
                 f"export.push is {self.push!r}; it must be <owner>/<name> of a repository on the hub, of letters, "
-                "digits, -, _ and . without -- and ... Type export.push=my-org/my-retriever."
+                "digits, -, _ and ., without -- and .. and with no .git at the end. "
+                "Type export.push=my-org/my-retriever."
             )
         if self.lora == "adapter" and self.dtype not in ("auto", "float32"):
             problems.append(

@@ -17,6 +17,7 @@ _NO_EFFECT = {
     "data.loader_workers",
     "eval.batch_tokens",
     "eval.search",
+    "export.private",  # of a repository that is made by the push, not of the files
     "loss.implementation",
     "loss.ring_above_mb",
     "model.gradient_checkpointing",

@@ -60,7 +60,7 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(0, "HF_HUB_OFFLINE is set, which forbids every request", passes=False)
     if isinstance(cause, HfHubHTTPError):
         status = cause.response.status_code
-        words = scrub(cause.server_message or "").replace("\n", " ")
+        words = scrub(cause.server_message or "").replace("\n", " ").rstrip(".")
         passes = status in _PASSING_STATUS or status >= 500
         return Problem(status, words, passes, _asked_wait(dict(cause.response.headers)))
     words = scrub(f"{type(cause).__name__}: {cause}")

@@ -5,6 +5,7 @@ One process, no GPU, no process group. Weights go through memory one tensor at a
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from tdro_hpc.report.hub import push_folder
 from tdro_hpc.report.licences import licence_of
 from tdro_hpc.stages.card_facts import describe_data, licence_of_data, longest_text, task_facts
 from tdro_hpc.stages.export_inputs import config_of_stage, model_problems, no_checkpoint, saved_steps
+from tdro_hpc.stages.export_kept import MODEL, forget, is_kept, keep, source_of
 from tdro_hpc.stages.graph import Stage
 from tdro_hpc.training.checkpoint import ENGINE, Checkpoint, checkpoint_folder, open_checkpoint
 from tdro_hpc.training.stop import Stopped, stop_flag
@@ -45,23 +47,52 @@ class Trained:
 
 
 def run(config: Config, stage: Stage, run_dir: Path, process: Process) -> None:
-    """Make out/model from the model that config.export names, then push it where export.push says so."""
+    """Make out/model from the model that config.export names, then push it where export.push says so.
+
+    A folder whose push failed is pushed as it is when nothing has changed that it was made from.
+    """
     assert process.data_size == 1, "stage export runs in one process"
+    stage_dir, origin = run_dir / stage.name, origin_of(config, run_dir)
+    source, out = source_of(config, run_dir, origin), run_dir / stage.name / MODEL
+    if is_kept(stage_dir, source):
+        print(f"{stage.name} {out} is whole, from an earlier call: what is left is the push", flush=True)
+    else:
+        forget(stage_dir)
+        _export(config, run_dir, out)
+    if config.export.push:
+        keep(stage_dir, source)
+        push, private = config.export.push, config.export.private
+        message = f"{exported_stage(config)}/{origin} of run {run_dir.name}"
+        stop = partial(leave_if_asked, step=1)
+        push_folder(out, push, private=private, message=message, before_each=stop)
+
+
+def _export(config: Config, run_dir: Path, out: Path) -> None:
+    """Make the folder."""
     trained = open_trained(config, run_dir)
     problems = model_problems(trained.model, config.export)
     if problems:
         raise ValueError("\n".join(problems))
-    out = run_dir / stage.name / "out" / "model"
-    print(f"{stage.name} {trained.stage}/{trained.origin} -> {out}", flush=True)
+    print(f"export {trained.stage}/{trained.origin} -> {out}", flush=True)
     with new_folder(out) as folder:
         _fill(folder, trained, config, run_dir)
     sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
-    print(f"{stage.name} {out}: {len(sizes)} files, {sum(sizes):,} bytes", flush=True)
-    if config.export.push:
-        push, private = config.export.push, config.export.private
-        message = f"{trained.stage}/{trained.origin} of run {run_dir.name}"
-        address = push_folder(out, push, private=private, message=message, before_each=leave_if_asked)
-        print(f"{stage.name} pushed to {address}", flush=True)
+    print(f"export {out}: {len(sizes)} files, {sum(sizes):,} bytes", flush=True)
+
+
+def origin_of(config: Config, run_dir: Path) -> str:
+    """Where the weights lie under their stage: out/model, or a checkpoint such as checkpoints/step-00000100.
+
+    raises  ValueError  where there is no such checkpoint
+    """
+    wanted, stage_dir = config.export.checkpoint, run_dir / exported_stage(config)
+    if wanted == 0:
+        return "out/model"
+    steps = saved_steps(stage_dir)
+    step = wanted if wanted > 0 else max(steps, default=0)
+    if step not in steps:
+        raise ValueError(no_checkpoint(stage_dir, wanted, steps))
+    return checkpoint_folder(Path("checkpoints"), step).as_posix()
 
 
 def open_trained(config: Config, run_dir: Path) -> Trained:
@@ -69,21 +100,15 @@ def open_trained(config: Config, run_dir: Path) -> Trained:
 
     raises  ValueError  where it is not there, or its files are not those that were written
     """
-    name, wanted = exported_stage(config), config.export.checkpoint
+    name, origin = exported_stage(config), origin_of(config, run_dir)
     stage_dir = run_dir / name
     trained = config_of_stage(stage_dir)
-    if wanted == 0:
-        folder = stage_dir / "out" / "model"
+    if config.export.checkpoint == 0:
+        folder = stage_dir / origin
         model = saved_model_config(trained.model, folder)
-        return Trained(name, trained, model, open_saved(folder), load_tokenizer(model, folder), "out/model")
-    steps = saved_steps(stage_dir)
-    step = wanted if wanted > 0 else max(steps, default=0)
-    if step not in steps:
-        raise ValueError(no_checkpoint(stage_dir, wanted, steps))
-    checkpoint = open_checkpoint(checkpoint_folder(stage_dir / "checkpoints", step))
-    origin = f"checkpoints/{checkpoint.folder.name}"
-    tokenizer = load_tokenizer(trained.model)
-    return Trained(name, trained, trained.model, CheckpointTensors(checkpoint), tokenizer, origin)
+        return Trained(name, trained, model, open_saved(folder), load_tokenizer(model, folder), origin)
+    tensors = CheckpointTensors(open_checkpoint(stage_dir / origin))
+    return Trained(name, trained, trained.model, tensors, load_tokenizer(trained.model), origin)
 
 
 def _fill(folder: Path, trained: Trained, config: Config, run_dir: Path) -> None:
@@ -128,11 +153,14 @@ def _instruction(trained: Trained, run_dir: Path) -> str:
     return config.eval.instruction
 
 
-def leave_if_asked() -> None:
-    """Raise Stopped where this process has been asked to stop; the next call exports anew."""
+def leave_if_asked(step: int = 0) -> None:
+    """Raise Stopped where this process has been asked to stop; the next call goes on after `step`.
+
+    step  0 = the folder is not whole, 1 = it is, and being pushed
+    """
     flag = stop_flag()
     if flag.requested:
-        raise Stopped("export", 0, 1, flag.reason)
+        raise Stopped("export", step, step + 1, flag.reason)
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
