@@ -20,7 +20,7 @@ from tdro_hpc.parallel.objects import gather_objects
 from tdro_hpc.parallel.optimizer import build_optimizer
 from tdro_hpc.parallel.pipeline_forward import embed_through
 from tdro_hpc.parallel.pipeline_layers import EncoderPart
-from tdro_hpc.parallel.pipeline_loading import load_part
+from tdro_hpc.parallel.pipeline_loading import load_part, require_no_dropout
 from tdro_hpc.parallel.pipeline_state import Trained, load_tensors, tensors_to_write
 from tdro_hpc.parallel.process import Process, replica_group, tensor_group
 from tdro_hpc.parallel.schedule import learning_rate_at
@@ -58,6 +58,7 @@ class PipelineEngine:
         self.process, self.training = process, training
         self.steps_done = 0
         self.part = load_part(config, process, folder=folder, seed=seed).train()
+        require_no_dropout(self.part)
         placements = self.part.placements()
         parameters = list(self.part.named_parameters())
         for name, parameter in parameters:

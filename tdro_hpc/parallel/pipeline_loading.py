@@ -65,14 +65,6 @@ def require_spreadable(config: ModelConfig, shape: Any, *, pipeline_size: int, t
             f"model.name is {config.name!r}, a {shape.model_type}: parallel.pp and parallel.tp are for "
             f"{', '.join(SPREADABLE)}. Set parallel.pp=1 parallel.tp=1, and parallel.zero=2 or 3 to share memory."
         )
-    dropout = {"model.lora.dropout": config.lora.dropout if config.lora.enabled else 0.0}
-    dropout |= {"attention_dropout in the model's config.json": getattr(shape, "attention_dropout", 0.0)}
-    for key, share in dropout.items():
-        if share > 0:
-            raise ValueError(
-                f"{key} is {share}, but a model that is spread by parallel.pp={pipeline_size} "
-                f"parallel.tp={tensor_size} draws no random numbers. Set it to 0, or parallel.pp=1 parallel.tp=1."
-            )
     if shape.num_hidden_layers < pipeline_size:
         raise ValueError(
             f"parallel.pp is {pipeline_size}, but {config.name!r} has {shape.num_hidden_layers} layers. "
@@ -89,6 +81,19 @@ def require_spreadable(config: ModelConfig, shape: Any, *, pipeline_size: int, t
             raise ValueError(
                 f"parallel.tp is {tensor_size}, but {config.name!r} has {number} {what}: they cannot be shared evenly. "
                 f"Set parallel.tp to one of {', '.join(fitting)}."
+            )
+
+
+def require_no_dropout(part: EncoderPart) -> None:
+    """Nothing, or a ValueError where training would draw random numbers: ranks that share a layer would draw others."""
+    lora = part.config.lora
+    dropout = {"model.lora.dropout": lora.dropout if lora.enabled else 0.0}
+    dropout |= {"attention_dropout in the model's config.json": getattr(part.backbone.config, "attention_dropout", 0.0)}
+    for key, share in dropout.items():
+        if share > 0:
+            raise ValueError(
+                f"{key} is {share}, but a model that is spread by parallel.pp or parallel.tp is trained without "
+                "dropout. Set it to 0, or parallel.pp=1 parallel.tp=1."
             )
 
 
