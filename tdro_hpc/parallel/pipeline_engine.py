@@ -183,6 +183,7 @@ def _settings(stage: int, training: TrainingConfig, *, low_precision: bool) -> d
     settings = shared_settings() | {
         "gradient_clipping": training.max_grad_norm if stage == 1 else 0.0,
         "communication_data_type": "fp32",  # of gradients; else they are rounded on the way
+        "timers": {"throughput": {"enabled": False}},  # would wait for the GPU at every chunk
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": False,
