@@ -246,7 +246,7 @@ class _Push:
         times = f" after {tries} tries" if tries > 1 else ""
         place = ""
         if not problem.status and problem.passes:
-            place = " Where the nodes have no connection, add cluster.executor=local on a machine that has one."
+            place = " Where the nodes have no connection, type it with cluster=local on a machine that has one."
         return f"{begin}{times}.{later} {published} {again}{place}"
 
 

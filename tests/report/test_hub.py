@@ -203,7 +203,7 @@ def test_connection_without_a_word_counts_as_broken(hub, push, waits):
 
 def test_hub_that_cannot_be_reached_is_told_with_the_way_out(hub, push, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="ConnectError.*after 3 tries.*add cluster.executor=local on a machine"):
+    with pytest.raises(ValueError, match="ConnectError.*after 3 tries.*type it with cluster=local on a machine"):
         push()
 
 
