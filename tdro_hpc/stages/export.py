@@ -107,8 +107,20 @@ def open_trained(config: Config, run_dir: Path) -> Trained:
         folder = stage_dir / origin
         model = saved_model_config(trained.model, folder)
         return Trained(name, trained, model, open_saved(folder), load_tokenizer(model, folder), origin)
-    tensors = CheckpointTensors(open_checkpoint(stage_dir / origin))
+    tensors = CheckpointTensors(_open_whole(stage_dir, origin))
     return Trained(name, trained, trained.model, tensors, load_tokenizer(trained.model), origin)
+
+
+def _open_whole(stage_dir: Path, origin: str) -> Checkpoint:
+    """The checkpoint after a look at its checksums; a ValueError names one to export in its place."""
+    try:
+        return open_checkpoint(stage_dir / origin)
+    except ValueError as error:
+        steps = saved_steps(stage_dir)
+        earlier = [step for step in steps if checkpoint_folder(Path("checkpoints"), step).as_posix() < origin]
+        if not earlier:
+            raise
+        raise ValueError(f"{error} Or type export.checkpoint={earlier[-1]}, which leaves it there.") from error
 
 
 def _fill(folder: Path, trained: Trained, config: Config, run_dir: Path) -> None:
