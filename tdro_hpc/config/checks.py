@@ -1,12 +1,16 @@
 """A config in, contradictions between its values out: what no single section can see. Opens no file."""
 
+import dataclasses
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from tdro_hpc.config.schema import Config, TrainingConfig
 
 STAGE_KINDS = ("prepare", "s0", "s1", "s2", "eval", "export")  # s2-<weights> is one model of s2
 EVALUATED = ("base", "bm25", "s0", "s1", "s2")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _MIXTURES = "uniform, size, temperature:<exponent> or a weights JSON"
 
 
@@ -16,6 +20,7 @@ def cross_problems(config: Config, broken: set[str]) -> list[str]:
     broken   top names of sections that are wrong in themselves; nothing is said about those
     """
     found = [
+        ((), _tokens(config)),
         (("name",), _run_name(config)),
         (("stages", "data"), _stages(config)),
         (("model",), _model(config)),
@@ -39,6 +44,27 @@ def _run_name(config: Config) -> list[str]:
         f"name is {config.name!r}; it names a folder: a letter or digit, then letters, digits and . _ + = -. "
         "Type name=my-run."
     ]
+
+
+def _tokens(config: Config) -> list[str]:
+    return [
+        f"{key} holds a token of the Hugging Face hub, which would be kept in config.yaml and in job scripts. "
+        "Take it out, withdraw the token, and type: hf auth login. Jobs find that login in the home directory."
+        for key, text in _texts("", dataclasses.asdict(config))
+        if _HUB_TOKEN.search(text)
+    ]
+
+
+def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in a config; items of a list have its key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(f"{key}.{name}" if key else str(name), inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(key, inner)
 
 
 def _stages(config: Config) -> list[str]:

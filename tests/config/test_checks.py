@@ -71,6 +71,22 @@ def test_contradiction_names_its_key_and_a_cure_that_helps(arguments, start, cur
     load_config([*arguments, cure])
 
 
+@pytest.mark.parametrize(
+    "push", ["model", "a/b/c", "lab/a..b", "lab/a--b", "-lab/model", "lab/model.git", "lab/mo del"]
+)
+def test_repository_that_the_hub_cannot_have_is_refused(push):
+    (problem,) = problems_of(f"export.push={push}")
+    assert problem.startswith("export.push on the command line is") and "Type export.push=my-org/my-" in problem
+    load_config(["export.push=Lab-1/Model_2.0"])
+
+
+def test_token_of_the_hub_in_a_value_is_refused_without_being_repeated():
+    token = "hf_AbCdEfGhIjKlMnOpQrStUvWx"
+    (problem,) = problems_of("cluster=slurm", f"cluster.setup=[module load cuda,export HF_TOKEN={token}]")
+    assert problem.startswith("cluster.setup") and "type: hf auth login" in problem and token not in problem
+    load_config(["cluster=slurm", "cluster.setup=[export HF_XET_HIGH_PERFORMANCE=1,source hf_env.sh]"])
+
+
 def test_values_that_only_look_odd_are_accepted():
     load_config(
         [
