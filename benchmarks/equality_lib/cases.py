@@ -55,7 +55,15 @@ def model_of(architecture: str, variant: str, precision: str) -> ModelConfig:
 
 
 TRAINING = TrainingConfig(
-    steps=STEPS + DRO_STEPS, warmup_steps=0, learning_rate=1e-3, negatives="world", temperature=0.05, max_grad_norm=0.5
+    steps=STEPS + DRO_STEPS,
+    warmup_steps=0,
+    learning_rate=1e-3,
+    # Gradients that are 0 but for rounding, such as those of key biases, would move a parameter by the whole rate, to
+    # one side or the other, under an epsilon that is smaller than they are.
+    adam_epsilon=1e-3,
+    negatives="world",
+    temperature=0.05,
+    max_grad_norm=0.5,
 )
 
 

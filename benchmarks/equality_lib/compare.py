@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from equality_lib.cases import STEPS
-from tdro_hpc.training.checkpoint import open_checkpoint
+from tdro_hpc.training.checkpoint import ENGINE, checkpoint_folder, open_checkpoint
 
 QUANTITIES = ("embeddings", "losses", "gradients", "norm", "parameters", "alpha")
 
@@ -24,9 +24,9 @@ def differences(found: Path, wanted: Path) -> dict[str, float]:
     return {
         "embeddings": _relative(*vectors),
         "losses": _relative(torch.tensor(ours["losses"]), torch.tensor(theirs["losses"])),
-        "gradients": _largest(found, wanted, 1, "engine/optimizer.exp_avg."),
+        "gradients": _largest(found, wanted, 1, "optimizer.exp_avg."),
         "norm": _relative(torch.tensor(ours["norms"]), torch.tensor(theirs["norms"])),
-        "parameters": _largest(found, wanted, STEPS, "engine/parameter."),
+        "parameters": _largest(found, wanted, STEPS, "parameter."),
         "alpha": _relative(torch.tensor(ours["alphas"]), torch.tensor(theirs["alphas"])),
     }
 
@@ -37,7 +37,8 @@ def _relative(found: Tensor, wanted: Tensor, least: float = 0.0) -> float:
 
 
 def _largest(found: Path, wanted: Path, step: int, prefix: str) -> float:
-    ours, theirs = (open_checkpoint(folder / "checkpoints" / f"step-{step:08d}").tensors for folder in (found, wanted))
+    folders = (checkpoint_folder(folder / "checkpoints", step) for folder in (found, wanted))
+    ours, theirs = (open_checkpoint(folder).tensors(ENGINE) for folder in folders)
     names = {name for name in theirs.keys() if name.startswith(prefix)}
     assert names and names == {name for name in ours.keys() if name.startswith(prefix)}, "other tensors"
     least = 1e-4 * max(float(theirs[name].norm()) for name in names)

@@ -27,7 +27,7 @@ from tdro_hpc.parallel.build import build_engine
 from tdro_hpc.parallel.engine import Engine
 from tdro_hpc.parallel.gather import gather_values
 from tdro_hpc.parallel.process import Process, end_process, start_process, wait_for_all
-from tdro_hpc.training.checkpoint import save_checkpoint
+from tdro_hpc.training.checkpoint import ENGINE, save_checkpoint
 from tdro_hpc.training.finite import FiniteWatch
 from tdro_hpc.training.step import ContrastiveStep, DroStep
 
@@ -50,13 +50,13 @@ def train(model: ModelConfig, parallel: ParallelConfig, process: Process, folder
     """Write results.json, vectors.safetensors and the checkpoints after the first and the last contrastive step."""
     engine: Engine = build_engine(model, parallel, process, TRAINING, seed=1)
     watch = _Kept(process)
-    vectors = gather_values(_first_vectors(engine))
+    vectors = torch.cat([gather_values(side) for side in _first_vectors(engine)])
     step = ContrastiveStep(engine, TRAINING, LOSS, watch, num_tasks=TASKS)
     norms = []
     for number in range(STEPS):
         norms.append(float(step(number, [batch_of(number, process.data_rank, process.data_size)]).grad_norm))
         if number in (0, STEPS - 1):
-            save_checkpoint(folder / "checkpoints", number + 1, {"engine": engine}, keep=2)
+            save_checkpoint(folder / "checkpoints", number + 1, {ENGINE: engine}, keep=2)
     weights = TaskWeights(TASK_NAMES, eta=0.5, measurement="ratio_of_means", device=process.device)
     dro = DroStep(engine, TRAINING, LOSS, watch, weights=weights, reference=KnownLosses())
     alphas = []
@@ -70,10 +70,10 @@ def train(model: ModelConfig, parallel: ParallelConfig, process: Process, folder
     wait_for_all()
 
 
-def _first_vectors(engine: Engine) -> torch.Tensor:
-    """Embeddings of the first batch before any step."""
+def _first_vectors(engine: Engine) -> list[torch.Tensor]:
+    """Embeddings of the queries and of the passages of the first batch before any step."""
     batch = batch_of(0, engine.process.data_rank, engine.process.data_size)
-    return torch.cat(engine.embed_chunks([batch.query_tokens, batch.passage_tokens]))
+    return engine.embed_chunks([batch.query_tokens, batch.passage_tokens])
 
 
 def main(layout: str, precision: str, cases: str, out: str, rank: int, rendezvous: str) -> None:
