@@ -87,7 +87,7 @@ def newest_step(folder: Path) -> int:
 def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Part], *, keep: int) -> None:
     """Write the state after `step` optimiser steps, then delete all but the newest `keep` checkpoints.
 
-    All ranks call it together and return when the checkpoint is there; the first rank that fails fails all.
+    All ranks call it together and return when the checkpoint is there; where one fails, all do.
     """
     target = checkpoint_folder(folder, step)
     together = partial(on_all_ranks, what=f"save {target}")
@@ -113,7 +113,10 @@ def _begin(target: Path) -> str:
 
 
 def _write_own(temporary: Path, parts: Mapping[str, Part]) -> State:
-    """Write what this rank has to; {"files", "layouts", "values"} for state.json."""
+    """Write what this rank has to; {"files", "layouts", "values"} for state.json.
+
+    raises ValueError if rank 0 has made the folder on a disk that this node does not see
+    """
     values: State = {}
     found: dict[str, Tensor | Slice] = {}
     for name, part in parts.items():
@@ -123,6 +126,11 @@ def _write_own(temporary: Path, parts: Mapping[str, Part]) -> State:
             found |= {f"{name}/{key}": value for key, value in state["tensors"].items()}
     if not found:
         return {"files": {}, "layouts": {}, "values": values}
+    if not temporary.is_dir():
+        raise ValueError(
+            f"Rank 0 has made the folder {temporary}, but {socket.gethostname()} does not see it. "
+            "Set runs_dir to a folder that all nodes share, then type the same line again."
+        )
     path = temporary / f"state-{world_rank():05d}.safetensors"
     tensors = {key: value.tensor if isinstance(value, Slice) else value for key, value in found.items()}
     sha256 = write_tensors(path, tensors)
