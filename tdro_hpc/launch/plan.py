@@ -110,7 +110,8 @@ def _decide(
         before = [other for other in first if other in steps and steps[other].action != SKIP]
         made_first = tuple(need for need in stage.needs if need in before)
         action, fresh, reason = _action(stage, states, made_first, forced=name in forced)
-        steps[name] = PlannedStage(stage, action, states[name], fresh=fresh, after=tuple(before), reason=reason)
+        after = tuple(before) if action != SKIP else ()
+        steps[name] = PlannedStage(stage, action, states[name], fresh=fresh, after=after, reason=reason)
     return steps
 
 
