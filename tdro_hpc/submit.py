@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tdro_hpc.config.derived import ranks_of
+from tdro_hpc.config.fitting import memory_text
 from tdro_hpc.config.load import ConfigError, save_config
 from tdro_hpc.launch.call import PROGRAM, Call, read_call
 from tdro_hpc.launch.cancel import cancel
@@ -33,8 +34,8 @@ from tdro_hpc.launch.queue import Queue, ask_queue
 from tdro_hpc.launch.record import read_states
 from tdro_hpc.launch.slurm_chain import mixed_problems, newest_submissions, submit_chains
 from tdro_hpc.run import GraphOf, StageJob
-from tdro_hpc.stages.graph import stage_graph
-from tdro_hpc.stages.inputs import input_problems
+from tdro_hpc.stages.graph import Stage, stage_graph
+from tdro_hpc.stages.inputs import input_notes, input_problems
 
 DONE_CODE, MISTAKE_CODE, INTERRUPTED_CODE = 0, 2, 130
 
@@ -47,6 +48,7 @@ class Planned:
     plan: Plan
     ranks: Mapping[str, int]  # processes of each stage
     known: Mapping[str, str]  # newest submission of each stage when the plan was made
+    looked_at: Sequence[Stage] = ()  # stages that are to run; with check=true all of the plan
 
     @property
     def is_slurm(self) -> bool:
@@ -86,7 +88,7 @@ def make_plan(call: Call, graph_of: GraphOf, queue: Queue | None) -> Planned:
     ]
     if problems:
         raise ConfigError(problems)
-    return Planned(call, plan, ranks, known)
+    return Planned(call, plan, ranks, known, stages)
 
 
 def make_plans(call: Call, graph_of: GraphOf) -> list[Planned]:
@@ -116,6 +118,7 @@ def run_stages(call: Call, *, graph_of: GraphOf, job_of: JobOf) -> int:
         if one.values:
             print(f"---- {' '.join(one.values)}")
         print(plan_text(planned.plan, one.config, one.run_dir, planned.ranks), flush=True)
+        print(_more_of_plan(planned), end="", flush=True)
         if call.is_on("dry_run"):
             print(f"\n{scripts_text(planned.plan, one.config, one.run_dir, planned.ranks)}".rstrip())
         if one.values:
@@ -130,6 +133,15 @@ def run_stages(call: Call, *, graph_of: GraphOf, job_of: JobOf) -> int:
     if plans[0].is_slurm:
         return submit_chains([(chain, planned.known) for chain, planned in zip(chains, plans, strict=True)])
     return _run_chains(chains, plans)
+
+
+def _more_of_plan(planned: Planned) -> str:
+    """What was chosen and what could go wrong; before a dry run or a check also the memory of the stages."""
+    call, stages = planned.call, planned.looked_at
+    blocks = ["\n".join([*call.notes, *input_notes(call.config, stages)])]
+    if call.is_on("dry_run") or call.is_on("check"):
+        blocks.append(memory_text(call.config, [stage.kind for stage in stages]))
+    return "".join(f"\n{block}\n" for block in blocks if block)
 
 
 def _run_chains(chains: Sequence[Chain], plans: Sequence[Planned]) -> int:

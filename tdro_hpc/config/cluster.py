@@ -7,17 +7,24 @@ from dataclasses import dataclass, field
 from tdro_hpc.config.bounds import at_least, one_of, require
 
 _TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2}):(\d{2})")
-_OF_BOTH = ("executor", "nodes", "gpus_per_node", "ranks_per_node")  # keys that cluster.executor=local has too
+_OF_BOTH = (
+    "executor",
+    "nodes",
+    "gpus_per_node",
+    "ranks_per_node",
+    "gpu_memory_gb",
+)  # keys that cluster.executor=local has too
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The machines that a stage gets. All but the first four keys are of Slurm."""
+    """The machines that a stage gets. All but the first five keys are of Slurm."""
 
     executor: str = "local"  # local = processes on this machine; slurm = jobs, submitted with sbatch
     nodes: int = 1  # machines of one stage; 1 with executor=local
     gpus_per_node: int = 0  # 0 = no GPU
     ranks_per_node: int = 0  # processes on one node; 0 = gpus_per_node, or 1 without GPUs
+    gpu_memory_gb: float = 0.0  # memory of one GPU as on its data sheet, for checks before the start; 0 = not known
     partition: str = ""  # empty = the site's default; so for the next four
     account: str = ""  # who pays
     qos: str = ""  # quality of service
@@ -46,6 +53,7 @@ class ClusterConfig:
             + at_least("cluster.nodes", self.nodes, 1, "1 to 4")
             + at_least("cluster.gpus_per_node", self.gpus_per_node, 0, "0 to 8")
             + at_least("cluster.ranks_per_node", self.ranks_per_node, 0, "0")
+            + at_least("cluster.gpu_memory_gb", self.gpu_memory_gb, 0, "24 to 141")
             + one_of("cluster.gpu_request", self.gpu_request, ("gpus", "gres"))
             + at_least("cluster.node_gpus", self.node_gpus, 0, "4 to 8")
             + at_least("cluster.node_cpus", self.node_cpus, 0, "32 to 256")

@@ -4,13 +4,14 @@ Pure but for parameter counts, which come from the headers of model files on thi
 """
 
 from tdro_hpc.config.checks import labels_of_s2
+from tdro_hpc.config.fitting import memory_equation
 from tdro_hpc.config.layouts import data_ranks, layout_equation, replica_ranks
+from tdro_hpc.config.memory import size_words
 from tdro_hpc.config.model_size import trained_parameters
 from tdro_hpc.config.resources import ranks_of_job, ranks_per_node, resource_lines
 from tdro_hpc.config.schema import Config, TrainingConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
 def ranks_of(config: Config, stage_ranks: str = "all") -> int:
@@ -87,7 +88,7 @@ def disk_equation(config: Config, section: TrainingConfig) -> str:
     a_value = 4 if model.lora.enabled else _BYTES[model.weights_dtype]
     total = section.keep_checkpoints * count * 3 * a_value
     return (
-        f"checkpoints {_size(total)} = {kept} x {count:,} trained parameters x {3 * a_value} bytes "
+        f"checkpoints {size_words(total)} = {kept} x {count:,} trained parameters x {3 * a_value} bytes "
         f"({a_value} weight + {2 * a_value} Adam)"
     )
 
@@ -109,6 +110,7 @@ def plan_lines(config: Config, kind: str) -> list[str]:
         batch_equation(config, section, ranks),
         negatives_equation(config, section, ranks),
         samples_equation(section, ranks),
+        *filter(None, [memory_equation(config, kind)]),
         disk_equation(config, section),
         *resource_lines(config.cluster),
     ]
@@ -139,10 +141,3 @@ def _ranks_words(config: Config, ranks: int) -> str:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _size(num_bytes: int) -> str:
-    """Bytes in the unit a person would choose, to three digits."""
-    unit, size = next(((unit, size) for unit, size in _UNITS if num_bytes >= size), _UNITS[-1])
-    number = num_bytes / size
-    return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f} {unit}"

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tdro_hpc.atomic import write_text
 from tdro_hpc.config.checks import cross_problems
+from tdro_hpc.config.fitting import chosen_layout
 from tdro_hpc.config.keys import PICKS, SECTIONS, Key, KeyPath, default_text, is_section, is_task, key_of
 from tdro_hpc.config.layers import configs_folders, layered_entries
 from tdro_hpc.config.mistakes import section_with_value, special_text, unknown_key, wrong_type
@@ -49,6 +50,7 @@ class LoadedConfig:
 
     config: Config
     sources: dict[str, str]  # dotted key -> "configs/demo.yaml:14" or "command line"; keys that nobody gave are absent
+    notes: tuple[str, ...] = ()  # what was chosen, in words: parallel=auto
 
 
 def load_config(
@@ -70,9 +72,23 @@ def load_config(
     for entry in entries:
         tree.set(entry)
     config = tree.build()
+    notes: list[str] = []
+    if not problems and config.parallel.engine == "auto":
+        config = _with_layout(config, notes, problems)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return LoadedConfig(config, {".".join(path): entry.source for path, entry in tree.given.items()})
+    return LoadedConfig(config, {".".join(path): entry.source for path, entry in tree.given.items()}, tuple(notes))
+
+
+def _with_layout(config: Config, notes: list[str], problems: list[str]) -> Config:
+    """The config with the layout that parallel=auto stands for; what is chosen, or why nothing is, goes into a list."""
+    try:
+        parallel, words = chosen_layout(config)
+    except ValueError as error:
+        problems.append(str(error))
+        return config
+    notes.append(words)
+    return dataclasses.replace(config, parallel=parallel)
 
 
 def save_config(config: Config, path: Path) -> None:

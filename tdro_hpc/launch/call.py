@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tdro_hpc.config.load import ConfigError, load_config
+from tdro_hpc.config.load import ConfigError, LoadedConfig, load_config
 from tdro_hpc.config.schema import Config
 from tdro_hpc.config.sweeps import Variation, variations
 from tdro_hpc.launch.plan import stages_named
@@ -34,6 +34,7 @@ class Call:
     options: Mapping[str, str] = field(default_factory=dict)
     line: str = ""  # what to type to do the same again, without force=, which would throw away what it has made
     values: tuple[str, ...] = ()  # s1.eta=0.01: what tells this run of a sweep from the others
+    notes: tuple[str, ...] = ()  # what was chosen for the line, in words
     sweep: tuple["Call", ...] = ()  # the runs of a sweep, this one the first; empty = the line is no sweep
 
     def is_on(self, switch: str) -> bool:
@@ -75,41 +76,50 @@ def read_call(words: list[str], *, graph_of: Callable[[Config], dict[str, Stage]
     except ValueError as error:
         problems += str(error).split("\n")
         found = []
-    configs = [_config_of(variation, word, options, words, graph_of, problems) for variation in found]
+    loaded = [_loaded(variation, word, options, words, graph_of, problems) for variation in found]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     names_run = any(key.startswith(("name=", "config=")) for key in keys)
     calls = tuple(
-        Call(word, config, names_run, options, _line(words, options, variation, config), variation.values)
-        for variation, config in zip(found, configs, strict=True)
+        Call(
+            word,
+            one.config,
+            names_run,
+            options,
+            _line(words, options, variation, one.config),
+            variation.values,
+            one.notes,
+        )
+        for variation, one in zip(found, loaded, strict=True)
     )
     return calls[0] if len(calls) == 1 else replace(calls[0], sweep=calls)
 
 
-def _config_of(
+def _loaded(
     variation: Variation,
     word: str,
     options: Mapping[str, str],
     words: list[str],
     graph_of: Callable[[Config], dict[str, Stage]],
     problems: list[str],
-) -> Config:
+) -> LoadedConfig:
     """Config of one run; what is wrong with it goes into the problems."""
     try:
-        config = load_config(list(variation.arguments), call_options=_OPTIONS[word]).config
+        loaded = load_config(list(variation.arguments), call_options=_OPTIONS[word])
+        config = loaded.config
         if variation.label:
             config = replace(config, name=f"{config.name}-{variation.label}")
         graph = graph_of(config)
     except ConfigError as error:
         problems += [_with_words(problem, words) for problem in error.problems]
-        return Config()
+        return LoadedConfig(Config(), {})
     except ValueError as error:
         problems.append(str(error))
-        return Config()
+        return LoadedConfig(Config(), {})
     if word == "run":
         for option in ("stage", "force"):
             problems += stages_named(options.get(option, ""), graph, config.stages)[1]
-    return config
+    return replace(loaded, config=config)
 
 
 def _line(words: Sequence[str], options: Mapping[str, str], variation: Variation, config: Config) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from tdro_hpc.config.fitting import fit_notes, fit_problems
 from tdro_hpc.config.layouts import layout_problems, unchecked_line
 from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.stage import Stage
@@ -26,7 +27,8 @@ def input_problems(config: Config, stages: Sequence[Stage]) -> list[str]:
     for stage in stages:
         problems += [_missing_file(stage.kind, name) for name in stage.files if not Path(name).is_file()]
     if any(stage.trains for stage in stages):
-        problems += [*layout_problems(config), *_engine_problems(config)]
+        problems += layout_problems(config) or fit_problems(config, [stage.kind for stage in stages])
+        problems += _engine_problems(config)
     if "eval" in sections:
         problems += _evaluation_problems(config)
     if "export" in sections:
@@ -46,7 +48,7 @@ def input_notes(config: Config, stages: Sequence[Stage]) -> list[str]:
     """What these stages need and cannot be seen from this machine, in words."""
     if not any(stage.trains for stage in stages):
         return []
-    notes = [unchecked_line(config)]
+    notes = [unchecked_line(config), *fit_notes(config, [stage.kind for stage in stages])]
     if config.parallel.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         notes.append(f"deepspeed is not installed here; the jobs need it on their nodes: {_INSTALL_DEEPSPEED}")
     return [note for note in notes if note]

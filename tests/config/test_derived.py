@@ -10,6 +10,7 @@ from tdro_hpc.config.derived import (
     plan_lines,
     ranks_of,
 )
+from tdro_hpc.config.fitting import memory_equation
 from tdro_hpc.config.schema import (
     ClusterConfig,
     Config,
@@ -72,6 +73,7 @@ def test_whole_plan_of_a_stage_gives_each_figure_once():
         "negatives per query 4,095 = 8 ranks x 256 queries_per_rank x 2 passages_per_query - 1 positive "
         "(own and in-batch, all ranks)",
         "queries in all 2,048,000 = 1,000 steps x 2,048 queries per step",
+        memory_equation(PAPER, "s0"),
         "checkpoints 90.8 MB = 2 keep_checkpoints x 3,784,704 trained parameters x 12 bytes (4 weight + 8 Adam)",
     ]
     assert plan_lines(Config(), "s1")[0] == "ranks 1 = 1 node x 1 rank a node (no GPU)"

@@ -66,4 +66,4 @@ def test_nothing_is_said_of_what_the_site_decides_or_of_this_machine():
 def test_the_plan_shows_the_figures_of_each_kind_of_stage(kind):
     shown = plan_lines(Config(cluster=node()), kind)
     assert shown[-2:] == resource_lines(node(), "one" if kind == "prepare" else "all")
-    assert not [line for line in plan_lines(Config(), kind) if "CPUs" in line or "memory" in line]
+    assert not [line for line in plan_lines(Config(), kind) if "CPUs" in line or "memory per node" in line]
