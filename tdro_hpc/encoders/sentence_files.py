@@ -139,7 +139,8 @@ def _require_same(tokenizer: TextTokenizer, folder: Path) -> None:
                 shown = text if len(text) < 40 else f"{text[:40]}..."
                 raise ValueError(
                     f"The tokenizer cannot be exported: of {shown!r} it makes {found[-8:]} at its end, and in training "
-                    f"{expected[-8:]}. Set model.append_eos=false for a model whose tokenizer frames texts itself."
+                    f"{expected[-8:]}. Use out/model of the stage with this project, or train with "
+                    "model.append_eos=false where the tokenizer frames texts itself."
                 )
 
 

@@ -126,7 +126,7 @@ def test_tokenizer_that_cannot_be_written_is_refused(tmp_path):
     with_frame(base, "", "[SEP]")  # the end token is then appended behind [SEP], or in its place where a text is cut
     tokenizer = load_tokenizer(ModelConfig(name=str(base)))
     (tmp_path / "model").mkdir()
-    with pytest.raises(ValueError, match=r"cannot be exported: of .* in training .*Set model.append_eos=false"):
+    with pytest.raises(ValueError, match=r"cannot be exported: of .* in training .*model.append_eos=false"):
         write_tokenizer(tokenizer, tmp_path / "model")
 
 
