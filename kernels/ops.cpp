@@ -131,6 +131,41 @@ std::tuple<Tensor, Tensor> infonce_backward(Tensor queries, Tensor documents, Te
   return {for_queries, for_documents};
 }
 
+std::tuple<Tensor, Tensor, Tensor> infonce_losses(Tensor queries, Tensor documents, Tensor positives,
+                                                  Tensor temperature, MaybeTensor query_group,
+                                                  MaybeTensor document_group, MaybeTensor column_ids,
+                                                  MaybeTensor positive_ids, MaybeTensor known_ids,
+                                                  std::optional<double> margin, MaybeTensor log_weights,
+                                                  bool keep) {
+  const tdro::Problem problem =
+      problem_of(queries, documents, positives, temperature,
+                 {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
+  const tdro::Parallel parallel = torch_threads();
+  Tensor scores = own_positive_scores(problem, parallel, queries);
+  Tensor losses = floats(queries, {problem.rows});
+  std::optional<Tensor> kept;
+  const auto room_for = [&](int64_t room) { return items<float>(kept.emplace(floats(queries, {room}))); };
+  tdro::losses(problem, parallel, items<float>(scores), items<float>(losses), keep ? room_for : tdro::RoomFor());
+  return {losses, scores, kept ? *kept : floats(queries, {0})};
+}
+
+std::tuple<Tensor, Tensor> infonce_losses_backward(Tensor queries, Tensor documents, Tensor positives,
+                                                   Tensor temperature, MaybeTensor query_group,
+                                                   MaybeTensor document_group, MaybeTensor column_ids,
+                                                   MaybeTensor positive_ids, MaybeTensor known_ids,
+                                                   std::optional<double> margin, MaybeTensor log_weights, Tensor losses,
+                                                   Tensor positive_scores, Tensor kept, Tensor row_weights) {
+  const tdro::Problem problem =
+      problem_of(queries, documents, positives, temperature,
+                 {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
+  Tensor for_queries = floats(queries, {problem.rows, problem.width});
+  Tensor for_documents = floats(documents, {problem.columns, problem.width});
+  tdro::losses_backward(problem, torch_threads(), items<float>(positive_scores), items<float>(losses),
+                        items<float>(row_weights), items<float>(kept), kept.size(0), items<float>(for_queries),
+                        items<float>(for_documents));
+  return {for_queries, for_documents};
+}
+
 std::tuple<Tensor, Tensor, Tensor> infonce_forward_backward(Tensor queries, Tensor documents, Tensor positives,
                                                             Tensor row_weights, Tensor temperature,
                                                             MaybeTensor query_group, MaybeTensor document_group,
@@ -166,6 +201,10 @@ STABLE_TORCH_LIBRARY(tdro_hpc, library) {
               "Tensor? column_totals, Tensor? column_factors) -> (Tensor, Tensor)");
   library.def("infonce_forward_backward(Tensor queries, Tensor documents, Tensor positives, Tensor row_weights, "
               "Tensor temperature, " MASKS ") -> (Tensor, Tensor, Tensor)");
+  library.def("infonce_losses(Tensor queries, Tensor documents, Tensor positives, Tensor temperature, " MASKS
+              ", bool keep) -> (Tensor, Tensor, Tensor)");
+  library.def("infonce_losses_backward(Tensor queries, Tensor documents, Tensor positives, Tensor temperature, " MASKS
+              ", Tensor losses, Tensor positive_scores, Tensor kept, Tensor row_weights) -> (Tensor, Tensor)");
   library.def("infonce_cpu_path() -> str");
 }
 
@@ -173,6 +212,8 @@ STABLE_TORCH_LIBRARY_IMPL(tdro_hpc, CPU, library) {
   library.impl("infonce_forward", TORCH_BOX(&infonce_forward));
   library.impl("infonce_backward", TORCH_BOX(&infonce_backward));
   library.impl("infonce_forward_backward", TORCH_BOX(&infonce_forward_backward));
+  library.impl("infonce_losses", TORCH_BOX(&infonce_losses));
+  library.impl("infonce_losses_backward", TORCH_BOX(&infonce_losses_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tdro_hpc, CompositeExplicitAutograd, library) {

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t WORKSPACE_BYTES = 15 << 20;  // at least so much may be used beside the results
 constexpr int64_t SMALL_GROUP = 1 << 24;       // multiply-adds: below, whole groups are spread over the threads
+constexpr int64_t SMALL_AT_ONCE = 16;          // by so many threads, of which the bits must not depend
 
 const TileKernels& float_kernels() {
   for (const TileKernels* found : {kernels_avx512(), kernels_avx2()})
@@ -65,22 +66,60 @@ void clear_gradients(const Call& call) {
       std::memset(call.document_gradient + c * problem.width, 0, bytes);
 }
 
-void run_groups(const Call& call, const Parallel& parallel) {
+// Where the exponentials of a call lie between its forward and its backward: the first panels of the first groups.
+struct KeptRoom {
+  float* memory = nullptr;
+  int64_t floats = 0;
+
+  Kept take(const Group& group, const Sizes& sizes) {
+    const int64_t panel = kept_floats_of(group, sizes);
+    const Kept taken{memory, std::min((group.rows.count + sizes.panel_rows - 1) / sizes.panel_rows, floats / panel)};
+    memory += taken.panels * panel;
+    floats -= taken.panels * panel;
+    return taken;
+  }
+};
+
+// Bytes that a call may use beside its results, about.
+int64_t workspace_of(const Problem& problem) {
+  return std::max(WORKSPACE_BYTES, problem.width * (problem.rows + problem.columns) - (1 << 20));
+}
+
+// Floats that a forward may keep, so that they and the memory of its backward fit the workspace.
+int64_t floats_to_keep(const Call& call) {
+  int64_t wanted = 0, own = 0;
+  for (const Group& group : call.groups.groups) {
+    const Sizes sizes = sizes_of(group, call, workspace_of(call.problem));
+    wanted += (group.rows.count + sizes.panel_rows - 1) / sizes.panel_rows * kept_floats_of(group, sizes);
+    own = std::max(own, own_floats_of(group, sizes, call.problem.width));
+  }
+  return std::clamp<int64_t>(workspace_of(call.problem) / 4 - own, 0, wanted);
+}
+
+void run_groups(const Call& call, const Parallel& parallel, KeptRoom room = {}) {
   const Problem& problem = call.problem;
-  const int64_t gradient_bytes = 4 * problem.width * (problem.rows + problem.columns);
-  const int64_t workspace = std::max(WORKSPACE_BYTES, gradient_bytes / 4 - (1 << 20));
-  std::vector<int32_t> small;
+  const int64_t workspace = workspace_of(problem);
+  struct Small {
+    int32_t group;
+    Sizes sizes;
+    Kept kept;
+  };
+  std::vector<Small> small;
   for (int32_t g = 0; g < int32_t(call.groups.groups.size()); ++g) {
     const Group& group = call.groups.groups[g];
-    if (call.groups.groups.size() > 1 && group.rows.count * group.columns.count * problem.width < SMALL_GROUP)
-      small.push_back(g);
+    const int64_t work = group.rows.count * group.columns.count * problem.width;
+    const bool alone = call.groups.groups.size() == 1 || work >= SMALL_GROUP;
+    const Sizes sizes = sizes_of(group, call, alone ? workspace : workspace / SMALL_AT_ONCE);
+    const Kept kept = room.take(group, sizes);
+    if (alone)
+      run_group(call, g, sizes, parallel, kept);
     else
-      run_group(call, g, sizes_of(group, call, workspace), parallel);
+      small.push_back({g, sizes, kept});
   }
   const int64_t batch = std::max<int64_t>(1, int64_t(small.size()) / (8 * parallel.threads));
   parallel.run((int64_t(small.size()) + batch - 1) / batch, [&](int64_t task, int) {
     for (size_t i = task * batch; i < std::min<size_t>(small.size(), (task + 1) * batch); ++i)
-      run_group(call, small[i], sizes_of(call.groups.groups[small[i]], call, workspace / parallel.threads), serial());
+      run_group(call, small[i].group, small[i].sizes, serial(), small[i].kept);
   });
 }
 
@@ -130,6 +169,38 @@ void backward(const Problem& problem, const Parallel& parallel, const Shares& sh
   clear_gradients(call);
   run_groups(call, parallel);
   if (problem.query_group) add_positives_elsewhere(call, shares.positive_factors);
+}
+
+void losses(const Problem& problem, const Parallel& parallel, const float* positive_scores, float* losses,
+            const RoomFor& room_for) {
+  std::fill_n(losses, problem.rows, 0.0f);  // of a row without columns
+  const Groups groups = find_groups(problem);
+  const Ids ids = number_ids(problem);
+  Call call{problem, kernels_for(problem.type), groups, ids, positive_scores};
+  call.losses = losses;
+  KeptRoom room;
+  if (room_for) room.floats = floats_to_keep(call), room.memory = room_for(room.floats);
+  run_groups(call, parallel, room);
+}
+
+void losses_backward(const Problem& problem, const Parallel& parallel, const float* positive_scores,
+                     const float* losses, const float* row_weights, const float* kept, int64_t kept_floats,
+                     float* query_gradient, float* document_gradient) {
+  Buffer<float> totals(problem.rows), positive_factors(problem.rows);
+  for (int64_t i = 0; i < problem.rows; ++i) {
+    totals[i] = positive_scores[i] + losses[i];
+    positive_factors[i] = std::expm1(-losses[i]) * row_weights[i];
+  }
+  const Shares shares{positive_scores, totals.data(), row_weights, positive_factors.data(), nullptr, nullptr};
+  const Groups groups = find_groups(problem);
+  const Ids ids = number_ids(problem);
+  Call call{problem, kernels_for(problem.type), groups, ids, positive_scores};
+  call.shares = &shares;
+  call.query_gradient = query_gradient;
+  call.document_gradient = document_gradient;
+  clear_gradients(call);
+  run_groups(call, parallel, {const_cast<float*>(kept), kept_floats});  // which is only read
+  if (problem.query_group) add_positives_elsewhere(call, positive_factors.data());
 }
 
 void forward_backward(const Problem& problem, const Parallel& parallel, const float* positive_scores,

@@ -47,6 +47,17 @@ struct Shares {
 void backward(const Problem& problem, const Parallel& parallel, const Shares& shares, float* query_gradient,
               float* document_gradient);
 
+// Row losses whose weights come later. Into what `room_for` gives it keeps exponentials for the gradients, no more than
+// fit the memory of a call. Null = none.
+using RoomFor = std::function<float*(int64_t floats)>;
+void losses(const Problem& problem, const Parallel& parallel, const float* positive_scores, float* losses,
+            const RoomFor& room_for);
+
+// Gradients of sum(row_weights * losses) after the above, by three matrix products in all for what was kept, else four.
+void losses_backward(const Problem& problem, const Parallel& parallel, const float* positive_scores,
+                     const float* losses, const float* row_weights, const float* kept, int64_t kept_floats,
+                     float* query_gradient, float* document_gradient);
+
 // Row losses and the gradients of sum(row_weights * losses) in one go: three matrix products.
 void forward_backward(const Problem& problem, const Parallel& parallel, const float* positive_scores,
                       const float* row_weights, float* losses, float* query_gradient, float* document_gradient);

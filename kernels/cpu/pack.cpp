@@ -72,13 +72,13 @@ void pack_transposed(const Rows& rows, float* out) {
   }
 }
 
-void pack_lanes(const Rows& rows, float* out) {
+void pack_lanes(const Rows& rows, int64_t all, float* out) {
   Room room(rows, 1);
   const int64_t whole = rows.width / LANES, rest = rows.width % LANES;
   for (int64_t i = 0; i < rows.count; ++i) {
     const float* row = wide_row(rows, i, room.data);
     float* to = out + i * LANES;
-    for (int64_t block = 0; block < whole; ++block, to += rows.count * LANES)
+    for (int64_t block = 0; block < whole; ++block, to += all * LANES)
       std::memcpy(to, row + block * LANES, LANES * sizeof(float));
     if (rest) {
       std::memcpy(to, row + whole * LANES, rest * sizeof(float));
@@ -122,13 +122,13 @@ void pack_lane_pairs(const Rows& rows, int64_t padded, uint32_t* out) {
   }
 }
 
-void pack_row_pairs(const Rows& rows, int64_t padded, uint32_t* out) {
+void pack_row_pairs(const Rows& rows, int64_t all, uint32_t* out) {
   const int64_t blocks = blocks_of(rows.width);
-  for (int64_t i = 0; i < padded; i += 2) {
+  for (int64_t i = 0; i < rows.count; i += 2) {
     const uint16_t* low = half_row(rows, i);
     const uint16_t* high = i + 1 < rows.count ? half_row(rows, i + 1) : nullptr;
     for (int64_t block = 0; block < blocks; ++block) {
-      uint32_t* to = out + (block * (padded / 2) + i / 2) * LANES;
+      uint32_t* to = out + (block * all + i / 2) * LANES;
       const int64_t filled = std::min<int64_t>(LANES, rows.width - block * LANES);
       const uint16_t *a = low + block * LANES, *b = high ? high + block * LANES : nullptr;
       if (b)

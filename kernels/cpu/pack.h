@@ -19,12 +19,13 @@ struct Rows {
 
 // Four layouts of the same rows; widths and counts that do not fill a block are filled up with zeros.
 void pack_transposed(const Rows& rows, float* out);  // [row block][dimension][32 rows]
-void pack_lanes(const Rows& rows, float* out);  // [dimension block][row][32 dimensions]
+// [dimension block][of `all` rows, these][32 dimensions]
+void pack_lanes(const Rows& rows, int64_t all, float* out);
 void pack_transposed_pairs(const Rows& rows, uint32_t* out);  // [row block][dimension pair][32 rows]
 // [dimension block][padded rows][16 dimension pairs]
 void pack_lane_pairs(const Rows& rows, int64_t padded, uint32_t* out);
-// [dimension block][padded / 2][32 dimensions]
-void pack_row_pairs(const Rows& rows, int64_t padded, uint32_t* out);
+// [dimension block][of `all` pairs of rows, these][32 dimensions]
+void pack_row_pairs(const Rows& rows, int64_t all, uint32_t* out);
 
 // One row as float32 [width].
 void read_row(const Rows& rows, int64_t i, float* out);

@@ -14,7 +14,7 @@ constexpr int64_t HELD_BYTES = 4 << 20;
 
 }  // namespace
 
-GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel)
+GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel, const Kept& kept)
     : call_(call),
       problem_(call.problem),
       kernels_(call.kernels),
@@ -22,6 +22,7 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
       group_(call.groups.groups[group]),
       sizes_(sizes),
       parallel_(parallel),
+      kept_outside_(kept),
       dims_(blocks_of(problem_.width)),
       tiles_((group_.columns.count + sizes.tile_columns - 1) / sizes.tile_columns),
       gradients_(call.query_gradient != nullptr) {
@@ -34,10 +35,7 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
   place_.resize(lanes);
   strip_highest_.reset(sizes.strips * lanes);
   strip_sums_.reset(sizes.strips * lanes);
-  if (sizes.keep) {
-    kept_.reset(tiles_ * sizes.tile_columns * lanes);
-    kept_highest_.reset(tiles_ * lanes);
-  }
+  if (sizes.keep) kept_inside_.reset(kept_floats_of(group_, sizes));
   if (gradients_) query_parts_.reset(sizes.strips * lanes * dims_ * LANES);
   if (call.column_negatives) {
     column_highest_.reset(group_.columns.count);
@@ -70,6 +68,10 @@ void GroupRun::begin_panel() {
   rows_ = std::min(sizes_.panel_rows, group_.rows.count - first_);
   row_blocks_ = blocks_of(rows_);
   lanes_ = row_blocks_ * LANES;
+  const int64_t panel = first_ / sizes_.panel_rows;
+  kept_ = panel < kept_outside_.panels ? kept_outside_.memory + panel * kept_floats_of(group_, sizes_)
+                                       : kept_inside_.data();
+  kept_highest_ = kept_ ? kept_ + tiles_ * sizes_.tile_columns * lanes_ : nullptr;
   look_up_rows();
   pack_rows();
 }
@@ -99,18 +101,14 @@ void GroupRun::pack_rows() {
     const int64_t start = first_ + block * LANES, count = std::min<int64_t>(LANES, first_ + rows_ - start);
     const Rows rows{problem_.queries, problem_.type, problem_.width, members.first + start, count,
                     members.index ? members.index + start : nullptr};
-    if (kernels_.pairs)
+    if (kernels_.pairs) {
       pack_transposed_pairs(rows, &transposed_[block * ((problem_.width + 1) / 2) * LANES]);
-    else
+      if (gradients_) pack_row_pairs(rows, (rows_ + 1) / 2, &by_dimension_[block * LANES / 2 * LANES]);
+    } else {
       pack_transposed(rows, reinterpret_cast<float*>(&transposed_[block * problem_.width * LANES]));
+      if (gradients_) pack_lanes(rows, rows_, reinterpret_cast<float*>(&by_dimension_[block * LANES * LANES]));
+    }
   });
-  if (!gradients_) return;
-  const Rows rows{problem_.queries, problem_.type, problem_.width, members.first + first_, rows_,
-                  members.index ? members.index + first_ : nullptr};
-  if (kernels_.pairs)
-    pack_row_pairs(rows, (rows_ + 1) / 2 * 2, &by_dimension_[0]);
-  else
-    pack_lanes(rows, reinterpret_cast<float*>(&by_dimension_[0]));
 }
 
 GroupRun::Tile GroupRun::tile_at(int64_t number, int thread) const {
@@ -120,16 +118,18 @@ GroupRun::Tile GroupRun::tile_at(int64_t number, int thread) const {
 }
 
 void GroupRun::pack_documents(const Tile& tile, bool for_gradient) const {
-  if (sizes_.hold && (first_ > 0 || (for_gradient && sizes_.keep && !kernels_.pairs))) return;  // done before
+  const bool second = for_gradient && !call_.shares;  // of two sweeps over the tiles
+  if (sizes_.hold && (first_ > 0 || (second && !kernels_.pairs))) return;  // done before
   const Span& members = group_.columns;
   const Rows rows{problem_.documents, problem_.type, problem_.width, members.first + tile.first, tile.count,
                   members.index ? members.index + tile.first : nullptr};
   if (!kernels_.pairs) {
-    pack_lanes(rows, reinterpret_cast<float*>(tile.documents.for_scores.data()));
+    pack_lanes(rows, tile.count, reinterpret_cast<float*>(tile.documents.for_scores.data()));
     return;
   }
-  if (!for_gradient || !sizes_.keep) pack_lane_pairs(rows, tile.padded, tile.documents.for_scores.data());
-  if (for_gradient) pack_row_pairs(rows, tile.padded, tile.documents.pairs_for_queries.data());
+  const bool scores_follow = !for_gradient || (!second && (!kept_ || sizes_.hold));
+  if (scores_follow) pack_lane_pairs(rows, tile.padded, tile.documents.for_scores.data());
+  if (for_gradient) pack_row_pairs(rows, tile.padded / 2, tile.documents.pairs_for_queries.data());
 }
 
 // Sums of q . d, for which the positives' own columns and the padding are taken out at once.
@@ -141,7 +141,7 @@ void GroupRun::raw_scores(const Tile& tile, float* scores) const {
       kernels_.product_rows({tile.count, std::min(STEP_BLOCKS * block_lanes, steps - done),
                              &tile.documents.for_scores[done * tile.padded], tile.padded * block_lanes,
                              &transposed_[(block * steps + done) * LANES], scores + block * tile.padded * LANES,
-                             done > 0});
+                             LANES, done > 0});
   for (int64_t block = 0; block < row_blocks_ && tile.padded > tile.count; ++block)
     std::fill_n(scores + (block * tile.padded + tile.count) * LANES, LANES, LOWEST);
   for (int64_t i = 0; i < rows_; ++i) {
@@ -172,20 +172,14 @@ void GroupRun::statistics_of_strip(int64_t strip, Scratch& scratch) {
   std::fill_n(sums, lanes_, 0.0f);
   for (int64_t number = strip_start(strip); number < strip_start(strip + 1); ++number) {
     const Tile tile = tile_at(number, scratch.thread);
-    float* scores = sizes_.keep ? &kept_[number * sizes_.tile_columns * lanes_] : scratch.scores.data();
-    float* highest = sizes_.keep ? &kept_highest_[number * lanes_] : scratch.factors.data();
+    float* scores = kept_ ? kept_ + number * sizes_.tile_columns * lanes_ : scratch.scores.data();
+    float* highest = kept_ ? kept_highest_ + number * lanes_ : scratch.factors.data();
     pack_documents(tile, false);
     raw_scores(tile, scores);
     finish(tile, scratch, scores, highest);
     if (call_.column_negatives) merge_columns(tile, scratch, scores);
     kernels_.exponentials(scores, row_blocks_, tile.padded, highest, scratch.sums.data());
-    for (int64_t i = 0; i < lanes_; ++i) {
-      if (scratch.sums[i] == 0.0f) continue;
-      const float top = std::max(best[i], highest[i]);
-      const float before = sums[i] == 0.0f ? 0.0f : sums[i] * std::exp(best[i] - top);
-      sums[i] = before + scratch.sums[i] * std::exp(highest[i] - top);
-      best[i] = top;
-    }
+    kernels_.merge_statistics(best, sums, highest, scratch.sums.data(), lanes_);
   }
 }
 
@@ -218,8 +212,9 @@ void GroupRun::merge_strips() {
     if (!call_.losses) continue;
     const float lead = negatives - call_.positive_scores[row];
     const float loss = std::max(lead, 0.0f) + std::log1p(std::exp(-std::fabs(lead)));
-    const float factor = call_.row_weights[row] / problem_.temperature;
     call_.losses[row] = std::isnan(lead) ? lead : loss;
+    if (!call_.row_weights) continue;
+    const float factor = call_.row_weights[row] / problem_.temperature;
     totals_[i] = call_.positive_scores[row] + loss;
     factors_[i] = factor;
     positive_factors_[i] = std::expm1(-loss) * factor;
@@ -238,9 +233,10 @@ Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   // Every strip has its own sum of dQ: few columns a strip would cost more in sums than in products.
   const int64_t strips = std::clamp<int64_t>(columns / STRIP_COLUMNS, columns > 24 ? 2 : 1, MAX_STRIPS);
   const int64_t even = (columns + strips - 1) / strips;
-  const int64_t tile = std::min(MAX_TILE_COLUMNS, (even + 11) / 12 * 12);  // 12: what a product holds at a time
+  const int64_t tiles = (even + MAX_TILE_COLUMNS - 1) / MAX_TILE_COLUMNS;  // of a strip: as many in each
+  const int64_t tile = ((even + tiles - 1) / tiles + 3) / 4 * 4;           // products take 12, 8 or 4 at a time
   Sizes sizes{std::min(rows, MAX_PANEL_ROWS), tile, std::min(strips, (columns + tile - 1) / tile),
-              call.losses != nullptr, 4 * columns * width <= HELD_BYTES};
+              call.row_weights != nullptr, 4 * columns * width <= HELD_BYTES};
   if (!sizes.keep) return sizes;
   const int64_t bytes_a_row = 4 * (columns + tile + (strips + 2) * width);
   const int64_t fitting = workspace / bytes_a_row / LANES * LANES;
@@ -248,8 +244,17 @@ Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   return sizes;
 }
 
-void run_group(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel) {
-  GroupRun(call, group, sizes, parallel).run();
+int64_t kept_floats_of(const Group& group, const Sizes& sizes) {
+  const int64_t tiles = (group.columns.count + sizes.tile_columns - 1) / sizes.tile_columns;
+  return tiles * (sizes.tile_columns + 1) * sizes.panel_rows;
+}
+
+int64_t own_floats_of(const Group& group, const Sizes& sizes, int64_t width) {
+  return blocks_of(width) * LANES * (sizes.panel_rows * (sizes.strips + 2) + (sizes.hold ? group.columns.count : 0));
+}
+
+void run_group(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel, const Kept& kept) {
+  GroupRun(call, group, sizes, parallel, kept).run();
 }
 
 }  // namespace tdro

@@ -28,7 +28,13 @@ struct Call {
   float* document_gradient = nullptr;  // [columns, width]
   // forward and backward in one
   const float* row_weights = nullptr;  // [rows]
-  float* losses = nullptr;             // [rows]
+  float* losses = nullptr;             // [rows]; also of a forward whose weights come later
+};
+
+// Room for the exponentials of a group that its forward keeps for its backward: those of its first panels.
+struct Kept {
+  float* memory = nullptr;
+  int64_t panels = 0;
 };
 
 struct Sizes {
@@ -40,7 +46,11 @@ struct Sizes {
 // Sizes for a group. keep only where a panel of them fits into `workspace` bytes.
 Sizes sizes_of(const Group& group, const Call& call, int64_t workspace);
 
+// Floats that the exponentials of a panel of a group take, and those of the memory that its gradients take meanwhile.
+int64_t kept_floats_of(const Group& group, const Sizes& sizes);
+int64_t own_floats_of(const Group& group, const Sizes& sizes, int64_t width);
+
 // Everything that a call asks of one group. Threads have been counted in `parallel`.
-void run_group(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel);
+void run_group(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel, const Kept& kept);
 
 }  // namespace tdro

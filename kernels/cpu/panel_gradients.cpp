@@ -8,11 +8,10 @@ namespace tdro {
 // Into scratch.scores: the share of each pair in the gradient, over the temperature.
 void GroupRun::shares_of(const Tile& tile, int64_t number, Scratch& scratch) const {
   float* shares = scratch.scores.data();
-  if (sizes_.keep) {
-    const float* highest = &kept_highest_[number * lanes_];
-    for (int64_t i = 0; i < lanes_; ++i)
-      scratch.factors[i] = highest[i] == LOWEST || i >= rows_ ? 0.0f : factors_[i] * std::exp(highest[i] - totals_[i]);
-    kernels_.scale_rows(&kept_[number * sizes_.tile_columns * lanes_], shares, row_blocks_, tile.padded,
+  if (kept_) {
+    const float* highest = kept_highest_ + number * lanes_;
+    kernels_.row_scales(highest, totals_.data(), factors_.data(), scratch.factors.data(), lanes_);
+    kernels_.scale_rows(kept_ + number * sizes_.tile_columns * lanes_, shares, row_blocks_, tile.padded,
                         scratch.factors.data());
   } else {
     raw_scores(tile, shares);
@@ -62,13 +61,21 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
   const uint32_t *shares = static_cast<const uint32_t*>(by_row), *packed = static_cast<const uint32_t*>(documents);
   float* parts = &query_parts_[strip * lanes_ * dims_ * LANES];
   for (int64_t dim = 0; dim < dims_; ++dim) {
+    const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
     for (int64_t block = 0; block < row_blocks_; ++block)
       kernels_.product_lanes({std::min<int64_t>(LANES, rows_ - block * LANES), column_steps,
                               shares + block * column_steps * LANES, 0, packed + dim * column_steps * LANES,
-                              parts + (dim * lanes_ + block * LANES) * LANES, !first});
-    const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
-    kernels_.product_rows({tile.count, row_steps, by_lane, tile.padded * block_lanes,
-                           &by_dimension_[dim * row_steps * LANES], scratch.gradient.data(), false});
+                              parts + (dim * lanes_ + block * LANES) * LANES, LANES, !first});
+    Product product{tile.count, row_steps, by_lane, tile.padded * block_lanes,
+                    &by_dimension_[dim * row_steps * LANES], scratch.gradient.data(), LANES, false};
+    if (!group_.columns.index && width == LANES) {  // straight to where it belongs
+      product.c = call_.document_gradient + (group_.columns.first + tile.first) * problem_.width + dim * LANES;
+      product.c_row = problem_.width;
+      product.add = first_ > 0;
+      kernels_.product_rows(product);
+      continue;
+    }
+    kernels_.product_rows(product);
     for (int64_t c = 0; c < tile.count; ++c)
       kernels_.add_lanes(call_.document_gradient + group_.columns.member(tile.first + c) * problem_.width + dim * LANES,
                          &scratch.gradient[c * LANES], width, first_ > 0);

@@ -43,7 +43,7 @@ struct PackedTile {
 
 class GroupRun {
  public:
-  GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel);
+  GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel, const Kept& kept);
   void run();
 
  private:
@@ -77,6 +77,7 @@ class GroupRun {
   const Group& group_;
   const Sizes sizes_;
   const Parallel& parallel_;
+  const Kept kept_outside_;
   const int64_t dims_, tiles_;  // blocks of dimensions; tiles of columns
   const bool gradients_;
   int64_t first_ = 0, rows_ = 0, row_blocks_ = 0, lanes_ = 0;  // of the panel; lanes = row blocks * 32
@@ -86,7 +87,8 @@ class GroupRun {
   Buffer<int32_t> positive_ids_, known_ids_;
   std::vector<int64_t> place_;             // of each row's positive within the group, or -1
   Buffer<float> strip_highest_, strip_sums_;  // [strip][lanes]
-  Buffer<float> kept_, kept_highest_;         // [tile][row block][column][32], [tile][lanes]
+  Buffer<float> kept_inside_;  // of a panel, where the gradients follow at once
+  float *kept_ = nullptr, *kept_highest_ = nullptr;  // [tile][row block][column][32], [tile][lanes]; null = not kept
   Buffer<float> query_parts_;                 // [strip][dimension block][lanes][32]
   Buffer<float> column_highest_, column_sums_;  // [columns of the group]
   std::vector<Scratch> scratch_;

@@ -29,13 +29,14 @@ struct TileMask {
   const float* log_weights;     // [columns] or null
 };
 
-// A and B packed as above, C [m][32] float32. k counts the summed axis (in pairs for bfloat16).
+// A and B packed as above, C [m][32 of c_row] float32. k counts the summed axis (in pairs for bfloat16).
 struct Product {
   int64_t m, k;
   const void* a;
   int64_t a_block;  // distance of two blocks of A along the summed axis, in lanes
   const void* b;    // [k][32]
   float* c;
+  int64_t c_row;    // distance of two rows of C, in floats
   bool add;         // to what C holds
 };
 
@@ -53,6 +54,11 @@ struct TileKernels {
   void (*exponentials)(float* scores, int64_t row_blocks, int64_t columns, const float* highest, float* sums);
   // Of each column: the highest score of its rows, and the sum of exp(score - highest).
   void (*column_statistics)(const float* scores, int64_t row_blocks, int64_t columns, float* highest, float* sums);
+  // The statistics of a tile into those of the tiles before it: highest score and sum of exponentials of each row.
+  void (*merge_statistics)(float* highest, float* sums, const float* tile_highest, const float* tile_sums,
+                           int64_t lanes);
+  // out[row] = factors * exp(highest - totals), 0 where highest is -inf.
+  void (*row_scales)(const float* highest, const float* totals, const float* factors, float* out, int64_t lanes);
   // scores -> factors[row] * exp(score - totals[row]) (+ the same by columns where given).
   void (*shares)(float* scores, int64_t row_blocks, int64_t columns, const float* totals, const float* factors,
                  const float* column_totals, const float* column_factors);

@@ -8,7 +8,8 @@ namespace tdro {
 const TileKernels* kernels_avx2() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return nullptr;
   static const TileKernels kernels = {
-      "avx2", false, product<32, 1>, product<1, 32>, finish_scores, exponentials, column_statistics, shares,
+      "avx2", false, product<32, 1>, product<1, 32>, finish_scores, exponentials, column_statistics,
+      merge_statistics, row_scales, shares,
       scale_rows, add_lanes, dot, nullptr, nullptr};
   return &kernels;
 }

@@ -10,7 +10,8 @@ const TileKernels* kernels_avx512() {
                          bool(__builtin_cpu_supports("avx512dq")), bool(__builtin_cpu_supports("avx512vl"))})
     if (!has) return nullptr;
   static const TileKernels kernels = {
-      "avx512", false, product<32, 1>, product<1, 32>, finish_scores, exponentials, column_statistics, shares,
+      "avx512", false, product<32, 1>, product<1, 32>, finish_scores, exponentials, column_statistics,
+      merge_statistics, row_scales, shares,
       scale_rows, add_lanes, dot, nullptr, nullptr};
   return &kernels;
 }

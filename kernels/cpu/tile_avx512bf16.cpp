@@ -11,12 +11,13 @@ namespace {
 inline __m512bh pairs_at(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
 template <int ROWS, int A_ROW, int A_STEP>
-inline void pair_product_part(int64_t k, const uint32_t* a, int64_t a_block, const uint32_t* b, float* c, bool add) {
+inline void pair_product_part(int64_t k, const uint32_t* a, int64_t a_block, const uint32_t* b, float* c,
+                              int64_t c_row, bool add) {
   __m512 sums[ROWS][2];
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row) {
-    sums[row][0] = add ? _mm512_loadu_ps(c + row * LANES) : _mm512_setzero_ps();
-    sums[row][1] = add ? _mm512_loadu_ps(c + row * LANES + 16) : _mm512_setzero_ps();
+    sums[row][0] = add ? _mm512_loadu_ps(c + row * c_row) : _mm512_setzero_ps();
+    sums[row][1] = add ? _mm512_loadu_ps(c + row * c_row + 16) : _mm512_setzero_ps();
   }
   while (k > 0) {
     const int64_t steps = A_STEP == 1 && k > LANES / 2 ? LANES / 2 : k;
@@ -35,8 +36,8 @@ inline void pair_product_part(int64_t k, const uint32_t* a, int64_t a_block, con
   }
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row) {
-    _mm512_storeu_ps(c + row * LANES, sums[row][0]);
-    _mm512_storeu_ps(c + row * LANES + 16, sums[row][1]);
+    _mm512_storeu_ps(c + row * c_row, sums[row][0]);
+    _mm512_storeu_ps(c + row * c_row + 16, sums[row][1]);
   }
 }
 
@@ -44,8 +45,8 @@ template <int ROWS, int A_ROW, int A_STEP>
 inline int64_t pair_product_rows_of(const Product& p, int64_t row) {
   const uint32_t* a = static_cast<const uint32_t*>(p.a) + row * A_ROW;
   for (; row + ROWS <= p.m; row += ROWS, a += ROWS * A_ROW)
-    pair_product_part<ROWS, A_ROW, A_STEP>(p.k, a, p.a_block, static_cast<const uint32_t*>(p.b), p.c + row * LANES,
-                                           p.add);
+    pair_product_part<ROWS, A_ROW, A_STEP>(p.k, a, p.a_block, static_cast<const uint32_t*>(p.b), p.c + row * p.c_row,
+                                           p.c_row, p.add);
   return row;
 }
 
@@ -91,7 +92,7 @@ const TileKernels* kernels_avx512bf16() {
   if (!kernels_avx512() || !__builtin_cpu_supports("avx512bf16")) return nullptr;
   static const TileKernels kernels = {
       "avx512+bf16", true, pair_product<16, 1>, pair_product<1, 32>, finish_scores, exponentials, column_statistics,
-      shares, scale_rows, add_lanes, dot, lane_pairs, row_pairs};
+      merge_statistics, row_scales, shares, scale_rows, add_lanes, dot, lane_pairs, row_pairs};
   return &kernels;
 }
 

@@ -44,12 +44,13 @@ inline Vector exponential(Vector x) {
 
 // C[ROWS][HELD vectors] of one product; A_ROW and A_STEP are the strides of A.
 template <int ROWS, int A_ROW, int A_STEP>
-inline void product_part(int64_t k, const float* a, int64_t a_block, const float* b, float* c, bool add) {
+inline void product_part(int64_t k, const float* a, int64_t a_block, const float* b, float* c, int64_t c_row,
+                         bool add) {
   Vector sums[ROWS][HELD];
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 2
-    for (int v = 0; v < HELD; ++v) sums[row][v] = add ? load(c + row * LANES + v * WIDTH) : Vector{};
+    for (int v = 0; v < HELD; ++v) sums[row][v] = add ? load(c + row * c_row + v * WIDTH) : Vector{};
   while (k > 0) {
     const int64_t steps = A_STEP == 1 && k > LANES ? LANES : k;
     const float* column = a;
@@ -70,7 +71,7 @@ inline void product_part(int64_t k, const float* a, int64_t a_block, const float
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 2
-    for (int v = 0; v < HELD; ++v) store(c + row * LANES + v * WIDTH, sums[row][v]);
+    for (int v = 0; v < HELD; ++v) store(c + row * c_row + v * WIDTH, sums[row][v]);
 }
 
 template <int ROWS, int A_ROW, int A_STEP>
@@ -79,7 +80,7 @@ inline int64_t product_rows_of(const Product& p, int64_t row) {
   for (; row + ROWS <= p.m; row += ROWS, a += ROWS * A_ROW)
     for (int first = 0; first < LANES; first += HELD * WIDTH)
       product_part<ROWS, A_ROW, A_STEP>(p.k, a, p.a_block, static_cast<const float*>(p.b) + first,
-                                        p.c + row * LANES + first, p.add);
+                                        p.c + row * p.c_row + first, p.c_row, p.add);
   return row;
 }
 
@@ -134,6 +135,23 @@ void exponentials(float* scores, int64_t row_blocks, int64_t columns, const floa
       }
       store(sums + lane, sum);
     }
+}
+
+void merge_statistics(float* highest, float* sums, const float* tile_highest, const float* tile_sums, int64_t lanes) {
+  for (int64_t lane = 0; lane < lanes; lane += WIDTH) {
+    const Vector before = load(highest + lane), now = load(tile_highest + lane), top = larger(before, now);
+    const Vector shift = top == all(LOWEST) ? Vector{} : top;
+    const Vector earlier = load(sums + lane) * exponential(before - shift);
+    store(sums + lane, earlier + load(tile_sums + lane) * exponential(now - shift));
+    store(highest + lane, top);
+  }
+}
+
+void row_scales(const float* highest, const float* totals, const float* factors, float* out, int64_t lanes) {
+  for (int64_t lane = 0; lane < lanes; lane += WIDTH) {
+    const Vector top = load(highest + lane), value = load(factors + lane) * exponential(top - load(totals + lane));
+    store(out + lane, top == all(LOWEST) ? Vector{} : value);
+  }
 }
 
 void column_statistics(const float* scores, int64_t row_blocks, int64_t columns, float* highest, float* sums) {

@@ -85,10 +85,11 @@ def checked_arguments(
 
 def checked_row_weights(weights: Tensor, queries: Tensor) -> Tensor:
     """The weights of the rows [rows] in the type of the sums; raises ValueError for a wrong shape, type or device."""
-    _check_shape("row_weights", weights, (len(queries),), queries)
+    _check_shape("row_weights", weights, (queries.shape[0],), queries)
     if not weights.dtype.is_floating_point:
         raise ValueError(f"row_weights are {weights.dtype}; they must be of a float type. Use row_weights.float().")
-    return weights.to(_dtype_of_sums(queries)).contiguous()
+    wanted = _dtype_of_sums(queries)
+    return (weights if weights.dtype == wanted else weights.to(wanted)).contiguous()
 
 
 def refuse_positives_outside(positives: Tensor, num_documents: int) -> None:

@@ -73,7 +73,7 @@ def grouped_infonce(
             symmetric,
         )
         use_fused = fused_serves(implementation, arguments.queries.dtype, queries.device.type)
-        return _GroupedInfoNCE.apply(*arguments[:3], arguments, symmetric, use_fused)
+        return _row_losses(arguments, symmetric, use_fused)
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
         raise
@@ -120,14 +120,27 @@ def weighted_infonce(
         )
         weights = checked_row_weights(row_weights, arguments.queries)
         use_fused = fused_serves(implementation, arguments.queries.dtype, queries.device.type)
-        differentiated = torch.is_grad_enabled() and any(side.requires_grad for side in arguments[:3])
-        if differentiated and not symmetric:
+        if _differentiated(arguments) and not symmetric:
             return _WeightedInfoNCE.apply(*arguments[:3], weights, arguments, use_fused)
-        losses = _GroupedInfoNCE.apply(*arguments[:3], arguments, symmetric, use_fused)
+        losses = _row_losses(arguments, symmetric, use_fused)
         return (weights * losses).sum(), losses.detach()
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
         raise
+
+
+def _row_losses(arguments: Arguments, symmetric: bool, use_fused: bool) -> Tensor:
+    on_host = arguments.queries.device.type == "cpu"
+    if use_fused and not symmetric and on_host and not torch.compiler.is_compiling():
+        return _KeptInfoNCE.apply(*arguments[:3], arguments, _differentiated(arguments))
+    return _GroupedInfoNCE.apply(*arguments[:3], arguments, symmetric, use_fused)
+
+
+def _differentiated(arguments: Arguments) -> bool:
+    """Whether a gradient may be asked for."""
+    queries, documents, temperature = arguments[:3]
+    wanted = queries.requires_grad or documents.requires_grad or temperature.requires_grad
+    return wanted and torch.is_grad_enabled()
 
 
 def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,6 +209,30 @@ class _GroupedInfoNCE(torch.autograd.Function):
         return *_gradients(ctx, queries, documents, temperature, gradients), None, None, None
 
 
+class _KeptInfoNCE(torch.autograd.Function):
+    """What _GroupedInfoNCE computes, by the library on the host: forward keeps exponentials where they are few."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, documents: Tensor, temperature: Tensor, arguments: Arguments, keep: bool
+    ) -> Tensor:
+        *masks, log_weights, margin = arguments[4:]
+        problem = queries, documents, arguments.positives, temperature, *masks
+        losses, *kept = fused.losses(*problem, margin, log_weights, keep)
+        ctx.save_for_backward(*problem, log_weights, losses.clone(), *kept)  # the caller may change the losses
+        ctx.margin = margin
+        return losses
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        *problem, log_weights, losses, positive_scores, kept = ctx.saved_tensors
+        results = losses, positive_scores, kept, upstream.contiguous()
+        gradients = list(fused.losses_backward(*problem, ctx.margin, log_weights, *results))
+        queries, documents, _, temperature = problem[:4]
+        return *_gradients(ctx, queries, documents, temperature, gradients), None, None
+
+
 class _WeightedInfoNCE(torch.autograd.Function):
     """Forward forms the gradients, backward hands them over."""
 
@@ -222,17 +259,21 @@ class _WeightedInfoNCE(torch.autograd.Function):
         # Not among the saved tensors: those are held until backward has returned, so its receiver would copy them.
         ctx.gradients = gradients
         ctx.mark_non_differentiable(losses)
-        return (row_weights * losses).sum(), losses
+        ctx.set_materialize_grads(False)
+        return torch.dot(row_weights, losses), losses
 
     @staticmethod
     @_once
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:  # nothing was asked of the total
+            return (None,) * 6
         *problem, log_weights, of_weights = ctx.saved_tensors
         margin, use_fused = ctx.options
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # the graph was kept, and the gradients of the first backward are the caller's
             _, *gradients = core_of(use_fused).forward_backward(*problem, margin, log_weights)
-        gradients = [gradient.mul_(upstream) for gradient in gradients]
+        if not _is_one(upstream):
+            gradients = [gradient.mul_(upstream) for gradient in gradients]
         queries, documents, _, _, temperature = problem[:5]
         weights_gradient = None if of_weights is None else upstream * of_weights
         return *_gradients(ctx, queries, documents, temperature, gradients), weights_gradient, None, None
@@ -257,7 +298,12 @@ def _gradients(
 def _last(gradients: list[Tensor], dtype: torch.dtype | None) -> Tensor | None:
     """The last of the list, which loses it, in a type; None for None."""
     gradient = gradients.pop()
-    return None if dtype is None else gradient.to(dtype)
+    return None if dtype is None else gradient if gradient.dtype == dtype else gradient.to(dtype)
+
+
+def _is_one(factor: Tensor) -> bool:
+    """Whether that can be seen, on the host, and is so: the loss itself is what most callers differentiate."""
+    return factor.device.type == "cpu" and not torch.compiler.is_compiling() and float(factor) == 1
 
 
 def finite_sums(sums: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ import torch
 import tdro_hpc
 
 PATH = Path(__file__).with_name("libtdro_kernels.so")
-OPERATORS = "infonce_forward", "infonce_backward", "infonce_forward_backward", "infonce_cpu_path"
+OPERATORS = tuple(
+    f"infonce_{name}" for name in ("forward", "backward", "forward_backward", "losses", "losses_backward", "cpu_path")
+)
 CUDA_OPERATOR = "tile_row_statistics"  # there when nvcc was
 _MACHINES = {3: "i386", 21: "ppc64le", 62: "x86_64", 183: "aarch64", 243: "riscv64"}  # e_machine of ELF
 _ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")

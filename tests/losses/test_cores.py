@@ -164,14 +164,16 @@ def weighted(queries, *inputs, **options):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("loss", [mean, weighted])
 def test_no_tensor_is_as_large_as_the_scores(implementation, loss):
-    rows, columns = 2000, 8000
+    rows, columns = 2000, 20000
+    # The library keeps exponentials of some rows between forward and backward: at most 16 MB.
+    limit = 2**22 if implementation == "fused" else tiles.BLOCK_ROWS * tiles.BLOCK_COLUMNS
     ids = torch.arange(columns)
     known = torch.full((rows, 1), -1)
     groups = {"query_group": torch.zeros(rows, dtype=torch.int64), "document_group": torch.zeros_like(ids)}
     every = {"document_ids": ids, "known_positive_ids": known, "false_negative_margin": 0.1}
     for options in ({}, groups, every, {"symmetric": True}):
         watch = watched(loss, rows, columns, implementation=implementation, **options)
-        assert watch.largest <= tiles.BLOCK_ROWS * tiles.BLOCK_COLUMNS < rows * columns / 8
+        assert watch.largest <= limit < rows * columns / 8
 
 
 @pytest.mark.parametrize("loss", [mean, weighted])

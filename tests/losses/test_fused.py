@@ -78,8 +78,8 @@ def test_a_library_without_kernels_for_a_device_says_so(monkeypatch):
 @needs_library
 def test_auto_takes_the_library_where_it_serves(monkeypatch):
     called = []
-    plain = fused.forward
-    monkeypatch.setattr(fused, "forward", lambda *arguments: called.append(1) or plain(*arguments))
+    plain = fused.losses
+    monkeypatch.setattr(fused, "losses", lambda *arguments: called.append(1) or plain(*arguments))
     example()
     assert called == [1]
     grouped_infonce(torch.eye(2).double(), torch.eye(2).double(), torch.arange(2), temperature=0.5)
@@ -179,6 +179,49 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, num_groups):
     for first, *others in (results[0::3], results[1::3], results[2::3]):
         for other in others:
             assert all(torch.equal(got, want) for got, want in zip(first, other, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("width", "num_groups"), [(16, None), (160, None), (16, 2), (16, 60)])
+def test_what_is_kept_of_the_scores_changes_no_gradient(dtype, width, num_groups, monkeypatch):
+    """Of 600 x 7800 scores the first panels are kept; the other scores are computed once more."""
+    queries, documents, positives = with_hard_negatives(1, 600, 7800, width=width)
+    inputs = queries.to(dtype), documents.to(dtype), positives, torch.linspace(-1, 2, 600)
+    keys = {"temperature": 0.05, "implementation": "fused"}
+    if num_groups is not None:
+        keys |= {"query_group": torch.arange(600) % num_groups, "document_group": torch.arange(7800) % num_groups}
+    plain, kept_floats = fused.losses, []
+
+    def noted(*arguments):
+        results = plain(*arguments)
+        kept_floats.append(results[2].numel())
+        return results
+
+    monkeypatch.setattr(fused, "losses", noted)
+    found = values_and_gradients(grouped_infonce, *inputs, **keys)
+    assert 0 < kept_floats[0] <= 2**22 and (num_groups is not None or kept_floats[0] < 600 * 7800)
+    monkeypatch.setattr(fused, "losses", lambda *arguments: plain(*arguments[:-1], False))
+    again = values_and_gradients(grouped_infonce, *inputs, **keys)
+    assert torch.equal(found[0], again[0])
+    rounding = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert all(distance(got, want) < rounding for got, want in zip(found[1:], again[1:], strict=True))
+
+
+@needs_library
+def test_nothing_is_kept_where_no_gradient_follows(monkeypatch):
+    plain, kept_floats = fused.losses, []
+
+    def noted(*arguments):
+        results = plain(*arguments)
+        kept_floats.append(results[2].numel())
+        return results
+
+    monkeypatch.setattr(fused, "losses", noted)
+    with torch.no_grad():
+        grouped_infonce(torch.eye(2, requires_grad=True), torch.eye(2), torch.arange(2), temperature=0.5)
+    example()
+    assert kept_floats == [0, 0]
 
 
 MEMORY = """
