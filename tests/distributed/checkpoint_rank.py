@@ -1,9 +1,10 @@
 """One rank of a run whose engine is spread: python checkpoint_rank.py <folder> <rank> <world> <rendezvous> <what> ...
 
-what  unbroken | killed:<step> | killed | damaged. A run of six steps that saves every second one; with a step, the last
-rank is killed in the save after it, when its own file is written. `damaged` only loads, and notes the refusal.
+what  <run>[:<step>:kill|full]. A run of six steps that saves every second one. With a step, the last rank is killed in
+the save after it, when its own file is written, or finds its disk full there. What ends a run is noted in words.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -98,17 +99,20 @@ def run(stage_dir: Path, process: Process, world: int) -> list[str]:
     return said
 
 
-def kill_in_save(step: int) -> None:
-    """kill -9 for this process when it has written its file of the save after `step`."""
+def spoil_save(step: int, how: str) -> None:
+    """kill -9 for this process when it has written its file of the save after `step`, or no room for the file."""
     original = checkpoint._write_own
 
-    def write_and_die(temporary, parts):
+    def write_and_fail(temporary, parts):
         report = original(temporary, parts)
         if temporary.name.startswith(f".step-{step:08d}"):
-            os.kill(os.getpid(), signal.SIGKILL)
+            checkpoint._write_own = original
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return report
 
-    checkpoint._write_own = write_and_die
+    checkpoint._write_own = write_and_fail
 
 
 def main() -> None:
@@ -118,11 +122,11 @@ def main() -> None:
     for word in sys.argv[5:]:
         name, *step = word.split(":")
         if step and rank == world - 1:
-            kill_in_save(int(step[0]))
+            spoil_save(int(step[0]), step[1])
         try:
             run(folder / name, process, world)
-        except ValueError as refusal:
-            (folder / f"{name}-{rank}.txt").write_text(str(refusal))
+        except (ValueError, OSError, RuntimeError) as end:
+            (folder / f"{name}-{rank}.txt").write_text(str(end))
     end_process()
 
 

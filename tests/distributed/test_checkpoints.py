@@ -10,7 +10,7 @@ import torch
 from tdro_hpc.parallel.process import Process
 from tdro_hpc.training.checkpoint import checkpoint_steps, open_checkpoint
 from tests.distributed.checkpoint_rank import TALL, WIDE, run
-from tests.distributed.launching import run_ranks, start_ranks, wait_for_ranks
+from tests.distributed.launching import end_ranks, run_ranks, start_ranks
 
 SCRIPT = "checkpoint_rank.py"
 ALONE = Process(data_rank=0, data_size=1, local_rank=0, device=torch.device("cpu"))
@@ -18,11 +18,12 @@ ALONE = Process(data_rank=0, data_size=1, local_rank=0, device=torch.device("cpu
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Three runs of two ranks: unbroken, killed and continued, and one whose newest checkpoint is damaged."""
+    """Runs of two ranks: unbroken, killed and continued, with damaged checkpoints, and with a full disk."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    ranks = start_ranks(SCRIPT, folder, 2, ["unbroken", "killed:4"])
-    with pytest.raises(AssertionError, match="in save_checkpoint"):
-        wait_for_ranks(ranks, folder)
+    ranks = start_ranks(SCRIPT, folder, 2, ["unbroken", "killed:4:kill"])
+    for rank in ranks:
+        rank.join(120)
+    end_ranks(ranks)
     assert ranks[1].exitcode == -signal.SIGKILL
     assert checkpoint_steps(folder / "killed" / "checkpoints") == [2], "the save after step 4 does not count"
     assert checkpoint_steps(folder / "unbroken" / "checkpoints") == [2, 4, 6]
@@ -31,7 +32,7 @@ def runs(tmp_path_factory):
     for rank, step in ((1, 6), (0, 4)):
         path = folder / "damaged" / "checkpoints" / f"step-{step:08d}" / f"state-{rank:05d}.safetensors"
         path.write_bytes(path.read_bytes()[:-8])
-    run_ranks(SCRIPT, folder, 2, ["killed", "damaged"])
+    run_ranks(SCRIPT, folder, 2, ["killed", "damaged", "full:4:full"])
     return folder
 
 
@@ -69,3 +70,11 @@ def test_damage_that_one_rank_finds_is_refused_by_all_in_the_same_words(runs):
     damaged = [runs / "damaged" / "checkpoints" / f"step-{step:08d}" for step in (6, 4)]
     assert f"{damaged[0]}/state-00001.safetensors has" in words[0] and "bytes" in words[0]
     assert "To continue after step 2 instead" in words[0] and f"rm -r {damaged[0]} {damaged[1]} and" in words[0]
+
+
+def test_save_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(runs):
+    of_first, of_last = ((runs / f"full-{rank}.txt").read_text() for rank in range(2))
+    target = runs / "full" / "checkpoints" / "step-00000004"
+    assert of_last == "[Errno 28] No space left on device"
+    assert of_first == f"Another rank could not save {target}: rank 1: OSError: {of_last}"
+    assert [path.name for path in target.parent.iterdir()] == ["step-00000002"]
