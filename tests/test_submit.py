@@ -105,7 +105,7 @@ def test_all_mistakes_of_a_call_come_together_without_traceback(tmp_path, capsys
 
 def test_unknown_stage_names_the_nearest():
     assert problems_of("stage=s2-cur") == [
-        "Unknown stage s2-cur. Did you mean s2-curr? There are all, s0, s1, s2, eval, s2-curr."
+        "Unknown stage s2-cur. Did you mean s2-curr? There are all, s0, s1, s2, eval, export, s2-curr."
     ]
 
 
