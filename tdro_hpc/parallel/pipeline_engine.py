@@ -17,7 +17,7 @@ from tdro_hpc.data.tokens import Tokens
 from tdro_hpc.parallel.deepspeed_setup import initialised, shared_settings, start_deepspeed
 from tdro_hpc.parallel.engine_state import check_fit, stored_tensors
 from tdro_hpc.parallel.objects import gather_objects
-from tdro_hpc.parallel.optimizer import build_optimizer
+from tdro_hpc.parallel.optimizer import build_optimizer, describe_optimizer
 from tdro_hpc.parallel.pipeline_forward import embed_through
 from tdro_hpc.parallel.pipeline_layers import EncoderPart
 from tdro_hpc.parallel.pipeline_loading import load_part, require_no_dropout
@@ -72,6 +72,11 @@ class PipelineEngine:
             self.part, self._adam, process, _settings(stage, training, low_precision=low_precision)
         )
         self._masters_split = stage == 1
+        if process.first:
+            print(
+                f"optimiser: {describe_optimizer(self._adam)} under ZeRO-{stage}, the model on {process.pipeline_size} "
+                f"(pipeline) x {process.tensor_size} (tensor) ranks"
+            )
 
     @property
     def learning_rate(self) -> float:

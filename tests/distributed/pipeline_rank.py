@@ -47,9 +47,9 @@ def models(inputs):
         "qwen2 lora": replace(PLAIN, name="tiny:qwen2", lora=LORA, gradient_checkpointing=True),
         "qwen3 lora": replace(PLAIN, name="tiny:qwen3", lora=LORA, attention="padding_free"),
         "llama lora": replace(PLAIN, name="tiny:llama", lora=replace(LORA, targets="q_proj,o_proj,down_proj")),
-        "qwen2 bf16": replace(PLAIN, name=str(inputs / "sharded"), **BFLOAT16),
-        "qwen2 lora bf16": replace(PLAIN, name=str(inputs / "sharded"), lora=LORA, **BFLOAT16),
-        "qwen2 autocast": replace(PLAIN, name=str(inputs / "sharded"), autocast="bfloat16"),
+        "qwen3 bf16": replace(PLAIN, name=str(inputs / "sharded"), **BFLOAT16),
+        "qwen3 lora bf16": replace(PLAIN, name=str(inputs / "sharded"), lora=LORA, **BFLOAT16),
+        "qwen3 autocast": replace(PLAIN, name=str(inputs / "sharded"), autocast="bfloat16"),
     }
 
 
@@ -85,9 +85,9 @@ CASES = [
     Case("qwen2 lora", 2, 2, resume=True),
     Case("qwen3 lora", 1, 2, 2, zero=1, unclipped=True),
     Case("llama lora", 4, 1),
-    Case("qwen2 bf16", 2, 1, 2, resume=True),
-    Case("qwen2 lora bf16", 2, 2),
-    Case("qwen2 autocast", 1, 2, 2, zero=1),
+    Case("qwen3 bf16", 2, 2, resume=True),
+    Case("qwen3 lora bf16", 2, 1, 2),
+    Case("qwen3 autocast", 1, 2, 2, zero=1),
     Case("qwen3", 2, 2, 2, zero=1),
     Case("qwen3 lora", 2, 2, 2),
 ]
