@@ -1,6 +1,6 @@
 """The memory that a plan prints for a stage, against what training takes: random small backbones, one process.
 
-    python benchmarks/memory_estimate.py [size=small] [architecture=qwen2,llama] [md=table.md]
+    python benchmarks/memory_estimate.py [size=small] [architecture=qwen2,llama] [types=bfloat16/float32] [md=table.md]
 
 Each case is two optimiser steps of s0 by the torch engine, AdamW's moments included: full and LoRA, activations kept
 and recomputed, two sizes of chunk, three choices of type. Measured is the most that the allocator held at once (on a
@@ -46,7 +46,7 @@ SIZES = {
     "small": (384, 1024, 8, 6, 2, 8192),
     "large": (768, 2048, 12, 12, 4, 32000),
 }
-TYPES = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))  # (autocast, weights)
+TYPES = "float32/float32,bfloat16/float32,bfloat16/bfloat16"  # products/weights
 QUERY_TOKENS, PASSAGE_TOKENS, QUERIES, PASSAGES_PER_QUERY = 64, 128, 8, 2
 CHUNKS = (512, 2048)  # tokens
 
@@ -71,12 +71,15 @@ class Case:
         return f"{self.architecture} {self.size}, {'LoRA' if self.lora else 'full'}, {types}, {kept}, {chunk}"
 
 
-def all_cases(architectures: list[str], sizes: list[str]) -> Iterator[Case]:
-    """Every combination."""
-    for architecture, size, types, lora, checkpointing, chunk in itertools.product(
-        architectures, sizes, TYPES, (False, True), (False, True), CHUNKS
+def all_cases(architectures: list[str], sizes: list[str], types: list[str]) -> Iterator[Case]:
+    """Every combination.
+
+    types   bfloat16/float32 = products in bfloat16, weights in float32
+    """
+    for architecture, size, pair, lora, checkpointing, chunk in itertools.product(
+        architectures, sizes, types, (False, True), (False, True), CHUNKS
     ):
-        yield Case(architecture, size, *types, lora, checkpointing, chunk)
+        yield Case(architecture, size, *pair.split("/"), lora=lora, checkpointing=checkpointing, chunk_tokens=chunk)
 
 
 def build_backbone(case: Case, folder: Path) -> None:
@@ -175,12 +178,13 @@ def compare(case: Case, device: torch.device) -> tuple[int, int]:
 
 def main(words: list[str]) -> None:
     """Print the table, and write it where md= says."""
-    options = {"size": "small", "architecture": "qwen2,llama", "md": ""} | dict(word.split("=", 1) for word in words)
+    options = {"size": "small", "architecture": "qwen2,llama", "types": TYPES, "md": ""}
+    options |= dict(word.split("=", 1) for word in words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = ["| case | measured MB | estimated MB | ratio |", "|---|---|---|---|"]
     print("\n".join(rows), flush=True)
     ratios = []
-    for case in all_cases(options["architecture"].split(","), options["size"].split(",")):
+    for case in all_cases(*(options[name].split(",") for name in ("architecture", "size", "types"))):
         measured, estimated = compare(case, device)
         ratios.append(estimated / measured)
         rows.append(f"| {case.words()} | {measured / 1e6:.1f} | {estimated / 1e6:.1f} | {ratios[-1]:.2f} |")

@@ -67,6 +67,7 @@ def layer_bytes(figures: ModelFigures, model: ModelConfig, at: Pass) -> LayerByt
         token += (copies + inner) * types.product
     weights = types.product * layer_matrices(figures) // at.tensor_size if types.casts else 0
     working = 3 * width * types.residual + 2 * inner * types.product + queries * types.product
+    working += inner * _FLOAT32 if model.lora.enabled and types.autocast else 0  # adapters take float32
     return LayerBytes(types.residual * width * at.tokens, token * at.tokens + weights, working * at.tokens)
 
 

@@ -54,7 +54,8 @@ class Estimate:
 class _Texts:
     """What a rank embeds in one micro-step."""
 
-    passes: tuple[tuple[int, int], ...]  # (tokens, tokens of the longest row) of what is embedded at once
+    passes: tuple[tuple[int, int], ...]  # (tokens, tokens of the longest row) of what is embedded at once, at most
+    later: tuple[tuple[int, int], ...]  # the largest of the passes that come when there are gradients already
     num_chunks: int
     queries: int
     passages: int
@@ -97,11 +98,15 @@ def _texts(config: Config, section: TrainingConfig, *, chunked: bool) -> _Texts:
     longest_passage = max([config.data.passage_max_tokens, *lengths])
     sides = [(queries, longest_query), (passages, longest_passage)]
     if not chunked:
-        return _Texts(tuple((rows * length, length) for rows, length in sides), 1, queries, passages)
+        whole = tuple((rows * length, length) for rows, length in sides)
+        return _Texts(whole, whole if section.accumulation_steps > 1 else (), 1, queries, passages)
     fitting = [min(rows, max(1, config.loss.chunk_tokens // length)) for rows, length in sides]
-    chunks = sum(-(-rows // fit) for (rows, _), fit in zip(sides, fitting, strict=True))
-    largest = max((fit * length, length) for (_, length), fit in zip(sides, fitting, strict=True))
-    return _Texts((largest,), chunks, queries, passages)
+    numbers = [-(-rows // fit) for (rows, _), fit in zip(sides, fitting, strict=True)]
+    sizes = [(fit * length, length) for (_, length), fit in zip(sides, fitting, strict=True)]
+    # The largest chunk is the first of the second pass.
+    in_order = sorted((size for size, number in zip(sizes, numbers, strict=True) for _ in range(number)), reverse=True)
+    later = in_order if section.accumulation_steps > 1 else in_order[1:]
+    return _Texts(tuple(in_order[:1]), tuple(later[:1]), sum(numbers), queries, passages)
 
 
 def _parts(
@@ -138,8 +143,8 @@ def _items(
 ) -> list[Item]:
     model = config.model
     gradients = _gradients(model, section, layout, texts, part)
-    # The buckets of torch's data parallelism are there always, and with several passes a step the sums are.
-    early = layout.engine == "torch" and layout.dp > 1 or texts.num_chunks * section.accumulation_steps > 1
+    # The buckets of torch's data parallelism are there always.
+    early = layout.engine == "torch" and layout.dp > 1
     items = [
         _weights("weights", model, layout, part),
         _optimiser(model, layout, part),
@@ -194,23 +199,31 @@ def _activations(
     config: Config, layout: Layout, figures: ModelFigures, texts: _Texts, part: _Part, *, beside: int
 ) -> Item:
     """beside: bytes of gradients that come as the activations go; 0 where they are there before."""
-    model, total, works = config.model, 0, 0
-    for tokens, row_tokens in texts.passes:
-        at = Pass(tokens, row_tokens, _is_masked(config), config.cluster.gpus_per_node > 0, layout.tp)
-        layer = layer_bytes(figures, model, at)
-        kept = layer.entering if model.gradient_checkpointing else layer.saved
-        total += part.in_flight * part.layers * kept
-        works += layer.working + (layer.saved if model.gradient_checkpointing else 0)
-    casts = 0
-    if types_of(model).casts and not model.lora.enabled:
-        casts = 2 * part.layers * layer_matrices(figures) // layout.tp  # of a whole forward, until it ends
-    total += max(works, casts)
+    first = _activation_bytes(config, layout, figures, texts.passes, part)
+    later = _activation_bytes(config, layout, figures, texts.later, part)
     tokens = sum(tokens for tokens, _ in texts.passes)
     text = f"{tokens:,} tokens x {part.layers} layers" + (f" x {part.in_flight} under way" if layout.pp > 1 else "")
-    text += ", inputs of each + one in full" if model.gradient_checkpointing else ", all"
-    if beside:
-        return Item("activations", max(0, total - beside), f"{text}, less the gradients, which come as they go")
-    return Item("activations", total, text)
+    text += ", inputs of each + one in full" if config.model.gradient_checkpointing else ", all"
+    if first - beside <= later:
+        return Item("activations", later, text)
+    more = ", less the gradients, which come as they go" if beside else ""
+    return Item("activations", first - beside, text + more)
+
+
+def _activation_bytes(
+    config: Config, layout: Layout, figures: ModelFigures, passes: tuple[tuple[int, int], ...], part: _Part
+) -> int:
+    """What is kept for the backward of all passes together, and what the backward itself takes."""
+    model, kept, works, casts = config.model, 0, 0, 0
+    for tokens, row_tokens in passes:
+        at = Pass(tokens, row_tokens, _is_masked(config), config.cluster.gpus_per_node > 0, layout.tp)
+        layer = layer_bytes(figures, model, at)
+        kept += part.in_flight * part.layers * (layer.entering if model.gradient_checkpointing else layer.saved)
+        works += layer.working + (layer.saved if model.gradient_checkpointing else 0)
+    if passes and types_of(model).casts and model.gradient_checkpointing and not model.lora.enabled:
+        # Copies of trained matrices in the type of autocast stay to the end of the forward.
+        casts = 2 * part.layers * layer_matrices(figures) // layout.tp
+    return kept + max(works, casts)
 
 
 def _is_masked(config: Config) -> bool:
