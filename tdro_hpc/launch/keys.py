@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from tdro_hpc.config.layouts import data_ranks
 from tdro_hpc.config.schema import Config
 from tdro_hpc.launch.stage import Stage
 
@@ -23,6 +24,7 @@ _NO_EFFECT = {
     "model.gradient_checkpointing",
     "s2.weights",  # the choice is in the stage's name
 }
+_NEGATIVES_OF_ANY_RANK = ("group", "world")  # the columns of a row are its own, or those of all ranks
 _NO_EFFECT_ENDINGS = (".save_every_steps", ".keep_checkpoints", ".log_every_steps")
 _NO_EFFECT_OF_A_TASK = (".rows", ".language", ".category")
 _DATA_SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".txt", ".gz", ".yaml", ".parquet")
@@ -33,14 +35,19 @@ _MOST_SHOWN = 6
 def result_keys(config: Config, stage: Stage, ranks: int) -> dict[str, Any]:
     """Dotted key -> JSON value for everything that changes the results of `stage`, sorted by key.
 
-    Beside the config: the number of ranks that read data (the batch grows with it), the sizes of the data files, and
-    the content of their descriptions and of the stage's own files, as `size of <file>` and `sha256 of <file>`.
+    Beside the config: the number of ranks that read data, the sizes of the data files, and the content of their
+    descriptions and of the stage's own files, as `size of <file>` and `sha256 of <file>`. Where a row's negatives do
+    not depend on which rank it is on, the ranks count only as a factor of the global batch: a stage that was stopped
+    continues on another number of them.
     """
-    replica = config.parallel.pp * config.parallel.tp if stage.trains else 1
-    keys: dict[str, Any] = {"ranks": ranks // replica}
+    readers = data_ranks(config, stage.kind, ranks)
+    keys: dict[str, Any] = {"ranks": readers}
     for section in stage.sections:
         keys |= _flattened(section, getattr(config, section))
     keys = {key: value for key, value in keys.items() if _changes_results(key)}
+    if stage.trains and keys[f"{stage.kind}.negatives"] in _NEGATIVES_OF_ANY_RANK:
+        own = f"{stage.kind}.queries_per_rank"
+        keys[f"{own} x ranks"] = keys.pop(own) * keys.pop("ranks")
     for section in ("data", "eval"):
         if section in stage.sections and getattr(config, section).dir:
             keys |= _contents(Path(getattr(config, section).dir))

@@ -2,7 +2,16 @@ from dataclasses import replace
 
 import pytest
 
-from tdro_hpc.config.schema import Config, DataConfig, EvalConfig, LossConfig, S2Config, TaskConfig, TrainingConfig
+from tdro_hpc.config.schema import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ParallelConfig,
+    S2Config,
+    TaskConfig,
+    TrainingConfig,
+)
 from tdro_hpc.launch.keys import change_words, changed_keys, hash_of, result_keys
 from tdro_hpc.launch.stage import Stage
 from tdro_hpc.stages.graph import stage_graph
@@ -16,7 +25,8 @@ def keys_of(config: Config, name: str, ranks: int = 1) -> dict:
 
 def test_keys_are_those_of_the_sections_of_the_stage():
     keys = keys_of(CONFIG, "s0")
-    assert keys["s0.steps"] == 1000 and keys["model.lora.rank"] == 8 and keys["seed"] == 42 and keys["ranks"] == 1
+    assert keys["s0.steps"] == 1000 and keys["model.lora.rank"] == 8 and keys["seed"] == 42
+    assert keys["s0.queries_per_rank x ranks"] == CONFIG.s0.queries_per_rank
     assert not [key for key in keys if key.startswith(("s1.", "s2.", "eval.", "cluster", "logging", "parallel"))]
     assert list(keys) == sorted(keys)
 
@@ -50,8 +60,20 @@ def test_keys_that_change_results_count(config):
     assert hash_of(keys_of(config, "s0")) != hash_of(keys_of(CONFIG, "s0"))
 
 
-def test_number_of_ranks_counts():
-    assert changed_keys(keys_of(CONFIG, "s0", 1), keys_of(CONFIG, "s0", 2)) == [("ranks", 1, 2)]
+def test_number_of_data_ranks_counts_as_a_factor_of_the_global_batch():
+    rows = CONFIG.s0.queries_per_rank
+    expected = [("s0.queries_per_rank x ranks", rows, 2 * rows)]
+    assert changed_keys(keys_of(CONFIG, "s0", 1), keys_of(CONFIG, "s0", 2)) == expected
+    assert changed_keys(keys_of(CONFIG, "eval", 1), keys_of(CONFIG, "eval", 2)) == [("ranks", 1, 2)]
+    # The same rows a step on four ranks of one replica, on four replicas, and on one rank.
+    spread = replace(CONFIG, parallel=ParallelConfig(engine="deepspeed", pp=2, tp=2))
+    quarter = replace(CONFIG, s0=replace(CONFIG.s0, queries_per_rank=rows // 4))
+    assert keys_of(spread, "s0", 4) == keys_of(quarter, "s0", 4) == keys_of(CONFIG, "s0", 1)
+
+
+def test_ranks_count_themselves_where_negatives_come_from_the_own_rank():
+    here = replace(CONFIG, s0=replace(CONFIG.s0, negatives="batch"))
+    assert changed_keys(keys_of(here, "s0", 1), keys_of(here, "s0", 2)) == [("ranks", 1, 2)]
 
 
 def test_choice_of_weights_is_in_the_name_of_the_stage_not_in_its_keys():
