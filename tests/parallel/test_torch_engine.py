@@ -152,6 +152,22 @@ def float16_engine():
     return TorchEngine(encoder, ALONE, TRAINING)
 
 
+def test_state_saved_without_float16_begins_with_a_new_scale():
+    saved = cloned(TorchEngine(ToyEncoder(), ALONE, TRAINING).state_dict())
+    assert saved["values"]["scaler"] == {}
+    engine = float16_engine()
+    engine.load_state_dict(saved)
+    assert engine._scaler.get_scale() == 2.0**16
+
+
+def test_first_rank_alone_writes_what_all_ranks_have():
+    engine = TorchEngine(ToyEncoder(), ALONE, TRAINING)
+    train(engine, range(1))
+    whole = engine.state_dict()
+    engine.process = dataclasses.replace(ALONE, data_rank=1, data_size=2)
+    assert whole["tensors"] and engine.state_dict() == {"tensors": {}, "values": whole["values"]}
+
+
 def test_overflow_under_float16_leaves_the_step_out_and_says_so_once(capsys):
     engine = float16_engine()
     train(engine, range(3))
