@@ -44,6 +44,7 @@ from tdro_hpc.parallel.torch_engine import TorchEngine
 SIZES = {
     "tiny": (128, 352, 4, 4, 2, 2048),
     "small": (384, 1024, 8, 6, 2, 8192),
+    "medium": (512, 1408, 8, 8, 2, 16000),
     "large": (768, 2048, 12, 12, 4, 32000),
 }
 TYPES = "float32/float32,bfloat16/float32,bfloat16/bfloat16"  # products/weights

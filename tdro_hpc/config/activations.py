@@ -114,5 +114,6 @@ def is_target(module: str, lora: LoraConfig) -> bool:
 
 
 def layer_matrices(figures: ModelFigures) -> int:
-    """Numbers in the matrices of one decoder layer."""
-    return figures.width * (2 * figures.query_width + 2 * figures.key_width + 3 * figures.inner)
+    """Numbers in the matrices of one layer."""
+    of_mlp = 2 if figures.is_encoder else 3
+    return figures.width * (2 * figures.query_width + 2 * figures.key_width + of_mlp * figures.inner)

@@ -14,8 +14,8 @@ from tdro_hpc.config.layouts import Layout
 from tdro_hpc.config.schema import Config, ModelConfig, S1Config, TrainingConfig
 
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-_ZERO_BUCKET = 200_000_000  # numbers that DeepSpeed reduces together (parallel/zero_engine.py)
-_PIPELINE_BUCKET = 1 << 26  # the same in a pipeline (parallel/pipeline_engine.py)
+ZERO_BUCKET = 200_000_000  # numbers that DeepSpeed reduces together (parallel/zero_engine.py)
+PIPELINE_BUCKET = 1 << 26  # the same in a pipeline (parallel/pipeline_engine.py)
 _GATHERED = 1_000_000_000  # weights that ZeRO-3 keeps gathered while they may be needed again: DeepSpeed's default
 _LOSS_TILES = 240 << 20  # scores and copied embeddings of the loss on a GPU at most (docs/loss.md)
 _CONTEXT = 1_000_000_000  # what CUDA, its libraries and NCCL take before anything is allocated
@@ -142,6 +142,7 @@ def _items(
     config: Config, section: TrainingConfig, layout: Layout, figures: ModelFigures, texts: _Texts, part: _Part
 ) -> list[Item]:
     model = config.model
+    has_reference = isinstance(section, S1Config) and section.reference_losses == "online"
     gradients = _gradients(model, section, layout, texts, part)
     # The buckets of torch's data parallelism are there always.
     early = layout.engine == "torch" and layout.dp > 1
@@ -151,9 +152,9 @@ def _items(
         gradients,
         _activations(config, layout, figures, texts, part, beside=0 if early else gradients.num_bytes),
         _embeddings(config, section, layout, figures, texts),
-        _buffers(config, layout, figures, texts, part),
+        _buffers(config, layout, figures, texts, part, gathered_models=1 + has_reference),
     ]
-    if isinstance(section, S1Config) and section.reference_losses == "online":
+    if has_reference:
         items.insert(1, _weights("reference", model, layout, part))
     if config.cluster.gpus_per_node:
         items.append(Item("CUDA", _CONTEXT, "context, libraries and NCCL"))
@@ -248,16 +249,18 @@ def _embeddings(config: Config, section: TrainingConfig, layout: Layout, figures
     return Item("embeddings", total, text)
 
 
-def _buffers(config: Config, layout: Layout, figures: ModelFigures, texts: _Texts, part: _Part) -> Item:
+def _buffers(
+    config: Config, layout: Layout, figures: ModelFigures, texts: _Texts, part: _Part, *, gathered_models: int
+) -> Item:
     """What engines and the loss hold for a while."""
     total, words = 0, []
     table = figures.vocabulary * figures.width if not config.model.lora.enabled else 0
     if layout.zero:
-        most = _PIPELINE_BUCKET if layout.spread > 1 else max(table, _ZERO_BUCKET)
+        most = PIPELINE_BUCKET if layout.spread > 1 else max(table, ZERO_BUCKET)
         total += 4 * min(part.trained, most) + 4 * part.trained // layout.dp
         words.append("a bucket of gradients and the flat ones of a step")
     if layout.zero == 3:
-        total += BYTES[config.model.weights_dtype] * min(part.weights, _GATHERED)
+        total += gathered_models * BYTES[config.model.weights_dtype] * min(part.weights, _GATHERED)
         words.append("gathered weights")
     if layout.pp > 1:
         total += 2 * part.in_flight * texts.passes[0][0] * figures.width * BYTES[config.model.weights_dtype]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tdro_hpc.config.activations import Pass, layer_bytes
-from tdro_hpc.config.figures import ModelFigures, figures_of
+from tdro_hpc.config.figures import SPREADABLE, ModelFigures, figures_of
 from tdro_hpc.config.fitting import estimate_of, fit_notes, fit_problems, memory_equation, memory_text
 from tdro_hpc.config.layouts import Layout
 from tdro_hpc.config.load import ConfigError, LoadedConfig, load_config
-from tdro_hpc.config.memory import bubble_equation, size_words
+from tdro_hpc.config.memory import PIPELINE_BUCKET, ZERO_BUCKET, bubble_equation, size_words
 from tdro_hpc.config.schema import ClusterConfig, Config, LoraConfig, LossConfig, ModelConfig, S1Config, TrainingConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -215,6 +215,20 @@ def test_every_model_of_the_configs_has_an_estimate(name):
         pytest.skip("the package of this model is not installed")
     for kind in ("s0", "s1", "s2"):
         assert estimate_of(config, kind).total > estimate_of(config, kind).held > 0
+
+
+def test_what_is_assumed_of_the_engines_is_what_they_do():
+    loading = pytest.importorskip("tdro_hpc.parallel.pipeline_loading")
+    pipeline = pytest.importorskip("tdro_hpc.parallel.pipeline_engine")
+    zero = pytest.importorskip("tdro_hpc.parallel.zero_engine")
+    assert loading.SPREADABLE == SPREADABLE
+    assert (zero.BUCKET_ELEMENTS, pipeline.BUCKET_ELEMENTS) == (ZERO_BUCKET, PIPELINE_BUCKET)
+    # 28 layers in 8 parts: the last four have one more.
+    assert loading.layers_of_part(28, 8) == [0, 3, 6, 9, 12, 16, 20, 24, 28]
+    config = load("model=qwen3-0.6b", "model.lora.enabled=false", "cluster.gpus_per_node=8").config
+    estimate = estimate_of(config, "s0", Layout("deepspeed", 8, 1, 1, 1))
+    layer = 1024 * (2 * 2048 + 2 * 1024 + 3 * 3072) + 2 * 1024 + 2 * 128
+    assert estimate.items[0].num_bytes == 4 * (3 * layer + 151936 * 1024)
 
 
 def test_sizes_are_written_as_a_person_would():
