@@ -135,7 +135,7 @@ def test_a_stage_of_one_process_runs_on_one_node(calls, tmp_path):
 
 def test_an_unknown_stage_names_those_there_are(calls):
     ended = run(STAGE, "s9", **JOB)
-    assert ended.returncode == 2 and ended.stderr == "There is no stage s9; there are s0, s1, s2-curr, eval.\n"
+    assert ended.returncode == 2 and ended.stderr == "There is no stage s9; there are s0, s1, s2-curr, eval, export.\n"
 
 
 def test_what_a_person_typed_of_the_machines_wins(calls, tmp_path):
