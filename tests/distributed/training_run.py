@@ -1,10 +1,11 @@
 """One rank of a training run for the tests: python training_run.py <folder> <rank> <world> <rendezvous> <what> ...
 
-what  <stage>:<run>[:<stop after step>:<signal>] ...; with a step, the last rank gets the signal after it, and the stage
-is run again. A word with = is a setting for the stages after it.
+what  <stage>:<run>[:<stop after step>:<signal>[:leave]] ...; with a step, the last rank gets the signal after it, and
+the stage is run again unless it is left. A word with = is a setting for the stages after it; parallel.* come first.
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -40,7 +41,9 @@ def write_tasks(folder: Path) -> None:
 
 
 def config_of(folder: Path, world: int, more: list[str]) -> Config:
-    """A tiny decoder under LoRA with dropout; the global batch is the same for any number of ranks."""
+    """A tiny decoder under LoRA with dropout; the global batch is the same for any number of ranks in any layout."""
+    sizes = dict(word.split("=") for word in more if word.startswith(("parallel.pp=", "parallel.tp=")))
+    data_size = world // math.prod(int(size) for size in sizes.values())
     arguments = [
         "model.name=tiny:qwen2",
         "model.autocast=float32",
@@ -55,7 +58,7 @@ def config_of(folder: Path, world: int, more: list[str]) -> Config:
         "parallel.threads_per_rank=1",
     ]
     for stage in ("s0", "s1", "s2"):
-        arguments += [f"{stage}.steps=7", f"{stage}.queries_per_rank={8 // world}", f"{stage}.warmup_steps=2"]
+        arguments += [f"{stage}.steps=7", f"{stage}.queries_per_rank={8 // data_size}", f"{stage}.warmup_steps=2"]
         arguments += [f"{stage}.save_every_steps=2", f"{stage}.log_every_steps=3", f"{stage}.temperature=0.05"]
         arguments += [f"{stage}.learning_rate=0.01"]
     arguments += ["s1.passages_per_query=4", "s1.accumulation_steps=2", "s1.eta=0.2"]
@@ -78,9 +81,11 @@ def stop_after(step: int, name: str) -> None:
 def main() -> None:
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     settings: dict[str, str] = {}
-    config = config_of(folder, world, [])
+    config = config_of(folder, world, [word for word in sys.argv[5:] if word.startswith("parallel.")])
     flag = install_stop_handlers()
-    process = start_process(config.parallel, rank=rank, world=world, local_rank=rank, rendezvous=sys.argv[4])
+    process = start_process(
+        config.parallel, rank=rank, world=world, local_rank=rank, rendezvous=sys.argv[4], meshed=True
+    )
     for word in sys.argv[5:]:
         if "=" in word:
             settings[word.split("=")[0]] = word
@@ -99,7 +104,8 @@ def main() -> None:
             assert step and stopped.step == int(step[0]) + 1, str(stopped)
             assert stopped.reason == (step[1] if rank == world - 1 else "another rank was asked to stop"), str(stopped)
             flag.reason = ""
-            STAGES[stage].run(config, graph[stage], run_dir, process)
+            if len(step) == 2:
+                STAGES[stage].run(config, graph[stage], run_dir, process)
     (folder / f"ended-{rank}").touch()
     end_process()
 
