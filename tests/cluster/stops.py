@@ -48,7 +48,9 @@ def send(user: User, run: str, stage: str, number: signal.Signals, *, step: int)
 def results(stage_dir: Path) -> dict[str, Any]:
     """All that a training stage leaves: bytes of the weights and the last state, rows without their clock."""
     files = [*stage_dir.glob("out/model/*.safetensors"), *stage_dir.glob("out/weights/*")]
-    files.append(sorted(stage_dir.glob("checkpoints/step-*/state.safetensors"))[-1])
+    last = sorted(stage_dir.glob("checkpoints/step-*/state.json"))[-1].parent
+    files += sorted(last.glob("state-*.safetensors"))
+    assert files[-1].parent == last, f"no tensors in {last}"
     found: dict[str, Any] = {str(file.relative_to(stage_dir)): file.read_bytes() for file in files}
     for name in ("metrics.jsonl", "trajectory.jsonl"):
         path = stage_dir / name
