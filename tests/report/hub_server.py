@@ -35,7 +35,8 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     after_bytes: int = 0  # of the body, that are read before the connection breaks
     after_answering: bool = False  # the request takes effect, its answer is lost
-    silent: bool = False  # the connection stays open without an answer
+    silent: bool = False  # the connection stays open for a minute without an answer
+    meanwhile: Callable[[], None] | None = None  # what somebody else does before the request is dealt with as usual
     body: str = "{}"
 
 
@@ -148,12 +149,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, method: str) -> None:
         path = urlsplit(self.path).path
         fault = self.state.take_fault(method, path)
+        if fault and fault.meanwhile:
+            fault.meanwhile()
+            fault = None
         breaks = fault is not None and not fault.status and not fault.after_answering and not fault.silent
         body = self._read(fault.after_bytes if fault and breaks else None)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.state.received.append(Received(method, path, len(body), token))
         if fault and fault.silent:
-            self.state.closing.wait()
+            self.state.closing.wait(60)
         if breaks or (fault and fault.silent):
             self._break()
             return

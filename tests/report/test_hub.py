@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from huggingface_hub import lfs
 from huggingface_hub.utils import _http, close_session
 
 from tdro_hpc.config.load import load_config
@@ -181,23 +183,34 @@ def test_push_that_is_asked_to_stop_ends_before_the_next_file(hub, push):
     assert hub.bytes_stored() == SHARD_BYTES and published(hub) == set()
 
 
-def test_commit_whose_answer_is_lost_is_found_and_not_made_twice(hub, push):
+def test_commit_whose_answer_is_lost_is_found_and_not_made_twice(hub, push, monkeypatch):
+    read, hashed = lfs.sha_fileobj, []
+    monkeypatch.setattr(lfs, "sha_fileobj", lambda file: (hashed.append(file.name), read(file))[1])
     hub.faults = [Fault("POST", "/commit/", after_answering=True)]
     address = push()
+    assert len(hashed) == 2  # large files are read for their checksum once
     repository = hub.repositories[REPO]
     assert len(repository.messages) == 1 and address.endswith(repository.commits[-1])
     assert hub.bytes_stored() == 2 * SHARD_BYTES
 
 
-def test_commit_of_somebody_else_meanwhile_is_looked_at_again(hub, push):
-    hub.faults = [Fault("POST", "/commit/", status=412)]
+def test_commit_of_somebody_else_meanwhile_is_looked_at_before_ours(hub, push):
+    def commit_other_weights() -> None:
+        repository = hub.repositories[REPO]
+        repository.files["model.safetensors"] = "0"  # would be loaded instead of our two
+        repository.commits.append("1" * 40)
+
+    hub.faults = [Fault("POST", "/commit/", meanwhile=commit_other_weights)]
     push()
-    assert len(hub.requests("GET", f"/api/models/{REPO}")) == 2 and len(hub.repositories[REPO].messages) == 1
+    assert published(hub) == {"README.md", "config.json", "1_Pooling/config.json", *SHARDS}
+    assert len(hub.repositories[REPO].messages) == 1
 
 
 def test_connection_without_a_word_counts_as_broken(hub, push, waits):
     hub.faults = [Fault("POST", "/commit/", silent=True)]
+    began = time.monotonic()
     push()
+    assert time.monotonic() - began < 40  # the stand-in would keep the connection for a minute
     assert waits == [7.0] and len(hub.repositories[REPO].messages) == 1
 
 
