@@ -65,6 +65,11 @@ def require_spreadable(config: ModelConfig, shape: Any, *, pipeline_size: int, t
             f"model.name is {config.name!r}, a {shape.model_type}: parallel.pp and parallel.tp are for "
             f"{', '.join(SPREADABLE)}. Set parallel.pp=1 parallel.tp=1, and parallel.zero=2 or 3 to share memory."
         )
+    if config.trust_remote_code and getattr(shape, "auto_map", None):
+        raise ValueError(
+            f"model.name is {config.name!r}, a model with code of its own, which parallel.pp and parallel.tp cannot "
+            "spread. Set parallel.pp=1 parallel.tp=1, or model.trust_remote_code=false to use transformers' own code."
+        )
     if shape.num_hidden_layers < pipeline_size:
         raise ValueError(
             f"parallel.pp is {pipeline_size}, but {config.name!r} has {shape.num_hidden_layers} layers. "
@@ -115,7 +120,7 @@ def _whole_config(config: ModelConfig, folder: Path | None) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.name is {config.name!r}: {folder} has no config.json that transformers understands "

@@ -18,7 +18,7 @@ from tdro_hpc.parallel.placement import Placement
 from tdro_hpc.parallel.slices import StoredTensors, WholeTensors
 
 PATTERN = "*.safetensors"
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -86,6 +86,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         document = json.loads(index.read_text(encoding="utf-8"))
         return [folder / name for name in sorted(set(document["weight_map"].values()))]
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
     files = [file for file in sorted(folder.glob(PATTERN)) if file.name != ADAPTER]
     if not files:
         raise ValueError(
@@ -113,10 +115,10 @@ def backbone_folder(config: ModelConfig) -> Path | None:
 def _download(location: str, config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
+    # Some repositories hold the weights a second time, under another name.
+    wanted = ["model*.safetensors", "*.json", "*.txt"]
     try:
-        return Path(
-            snapshot_download(location, revision=config.revision or None, allow_patterns=[PATTERN, "*.json", "*.txt"])
-        )
+        return Path(snapshot_download(location, revision=config.revision or None, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.name is {config.name!r}: it is not on this machine and could not be downloaded. The hub says: "

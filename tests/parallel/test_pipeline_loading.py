@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from tdro_hpc.config.schema import LoraConfig, ModelConfig
 from tdro_hpc.encoders.backbone import load_encoder, save_encoder
@@ -63,6 +63,17 @@ def test_weights_of_a_language_model_in_several_files_are_read_without_its_head(
     tokens, config = toy_tokens(1, 4), replace(MODEL, name=str(tmp_path))
     with torch.no_grad():
         assert torch.equal(through(parts_of(config, 2), tokens), load_encoder(config, device="cpu", seed=3)(tokens))
+
+
+def test_every_layer_keeps_its_own_window_in_whatever_part_it_is(tmp_path):
+    shape = tiny_config("qwen2")
+    shape.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    shape.use_sliding_window, shape.sliding_window = True, 16
+    AutoModel.from_config(shape).save_pretrained(tmp_path)
+    tokens, config = toy_tokens(1, 4, width=80), replace(MODEL, name=str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(through(parts_of(config, 3), tokens), load_encoder(config, device="cpu", seed=3)(tokens))
+    assert load_encoder(config, device="cpu", seed=3).backbone.layers[1].self_attn.sliding_window == 16
 
 
 def test_only_the_rows_that_are_asked_for_come_from_a_folder(tmp_path):
@@ -123,6 +134,14 @@ def test_what_cannot_be_spread_is_refused_in_words(architecture, sizes, words):
     config = replace(MODEL, name=f"tiny:{architecture}")
     with pytest.raises(ValueError, match=words):
         require_spreadable(config, tiny_config(architecture), pipeline_size=sizes[0], tensor_size=sizes[1])
+
+
+def test_a_model_with_code_of_its_own_is_refused():
+    shape = tiny_config("qwen2")
+    shape.auto_map = {"AutoModel": "modeling_own.OwnModel"}
+    require_spreadable(MODEL, shape, pipeline_size=2, tensor_size=1)
+    with pytest.raises(ValueError, match=r"code of its own.* model.trust_remote_code=false"):
+        require_spreadable(replace(MODEL, trust_remote_code=True), shape, pipeline_size=2, tensor_size=1)
 
 
 def test_dropout_is_refused_in_training():
