@@ -7,8 +7,8 @@ import pytest
 
 from tests.distributed.launching import run_ranks
 
-EQUAL = ("zero0", "zero1", "zero2", "zero3", "whole", "lora2", "lora3", "offload2", "offload3")
-OTHERS = ("bfloat16", "resume", "layouts", "draws", "frozen", "compiled")
+EQUAL = ("zero0", "zero1", "zero2", "zero3", "whole", "lora3", "offload2", "offload3")
+OTHERS = ("bfloat16", "resume", "layouts", "draws", "frozen", "broken", "compiled")
 FLOAT32 = 1e-5  # sums in another order
 BFLOAT16 = 0.05  # 8 bits of a product, over 2 layers and 3 steps
 
@@ -21,8 +21,13 @@ def measured(folder: Path, world: int, checks: list[str]) -> dict[str, dict[str,
 
 
 @pytest.fixture(scope="module")
+def steps(tmp_path_factory) -> dict[str, dict[str, float]]:
+    return measured(tmp_path_factory.mktemp("steps"), 2, list(EQUAL))
+
+
+@pytest.fixture(scope="module")
 def figures(tmp_path_factory) -> dict[str, dict[str, float]]:
-    return measured(tmp_path_factory.mktemp("zero"), 2, [*EQUAL, *OTHERS])
+    return measured(tmp_path_factory.mktemp("zero"), 2, list(OTHERS))
 
 
 def assert_steps_of_one_process(found: dict[str, float]) -> None:
@@ -32,8 +37,8 @@ def assert_steps_of_one_process(found: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("case", EQUAL)
-def test_steps_are_those_of_one_process(figures, case):
-    assert_steps_of_one_process(figures[case])
+def test_steps_are_those_of_one_process(steps, case):
+    assert_steps_of_one_process(steps[case])
 
 
 def test_one_rank_alone_takes_the_same_steps(tmp_path):
@@ -71,6 +76,10 @@ def test_frozen_model_is_split_over_the_ranks_and_embeds_as_the_whole_one(figure
     for kind in ("float32 False", "float32 True", "bfloat16 True"):
         found = {key.removesuffix(f" {kind}"): value for key, value in figures["frozen"].items()}
         assert found["distance"] == found["trained"] == 0 and found["held"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_gradient_that_is_not_finite_on_one_rank_shows_in_the_norm_of_all(figures):
+    assert len(figures["broken"]) == 4 and not any(figures["broken"].values())
 
 
 def test_no_operator_of_deepspeed_is_compiled(figures):
