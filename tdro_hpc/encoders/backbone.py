@@ -18,6 +18,7 @@ from tdro_hpc.config.schema import ModelConfig
 from tdro_hpc.data.tokens import Tokens
 from tdro_hpc.encoders.attention import PACKABLE, PADDING_FREE, attention_name, register_padding_free
 from tdro_hpc.encoders.lora import add_lora, load_lora, parameter_counts
+from tdro_hpc.encoders.norms import fuse_norms
 from tdro_hpc.encoders.packing import build_packing
 from tdro_hpc.encoders.pooling import pool, pool_packed, require_real_tokens
 from tdro_hpc.encoders.saving import save_encoder, saved_model_config
@@ -106,6 +107,7 @@ def load_encoder(config: ModelConfig, *, folder: Path | None = None, device: tor
     with torch.random.fork_rng(devices=[]), _quiet_loading():
         torch.default_generator.manual_seed(seed)  # manual_seed of torch itself would touch the GPUs' generators too
         backbone = _load_backbone(config, saved_weights, attention_name(config, device))
+        fuse_norms(backbone, device)
         if config.lora.enabled:
             backbone = add_lora(backbone, config, seed=seed) if folder is None else load_lora(backbone, str(folder))
         if config.gradient_checkpointing:
