@@ -14,8 +14,8 @@ from tdro_hpc.config.layouts import Layout
 from tdro_hpc.config.schema import Config, ModelConfig, S1Config, TrainingConfig
 
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-ZERO_BUCKET = 200_000_000  # numbers that DeepSpeed reduces together (parallel/zero_engine.py)
-PIPELINE_BUCKET = 1 << 26  # the same in a pipeline (parallel/pipeline_engine.py)
+ZERO_BUCKET = 200_000_000  # numbers that DeepSpeed reduces together (parallel/zero/engine.py)
+PIPELINE_BUCKET = 1 << 26  # the same in a pipeline (parallel/pipeline/engine.py)
 _GATHERED = 1_000_000_000  # weights that ZeRO-3 keeps gathered while they may be needed again: DeepSpeed's default
 _LOSS_TILES = 240 << 20  # scores and copied embeddings of the loss on a GPU at most (docs/loss.md)
 _CONTEXT = 1_000_000_000  # what CUDA, its libraries and NCCL take before anything is allocated
@@ -257,8 +257,12 @@ def _buffers(
     table = figures.vocabulary * figures.width if not config.model.lora.enabled else 0
     if layout.zero:
         most = PIPELINE_BUCKET if layout.spread > 1 else max(table, ZERO_BUCKET)
-        total += 4 * min(part.trained, most) + 4 * part.trained // layout.dp
-        words.append("a bucket of gradients and the flat ones of a step")
+        a_gradient = BYTES[config.model.weights_dtype] if layout.zero == 3 and not config.model.lora.enabled else 4
+        total += a_gradient * min(part.trained, most)
+        words.append("a bucket of gradients")
+    if layout.zero in (1, 2):
+        total += 4 * part.trained // layout.dp
+        words.append("the flat ones of a step")
     if layout.zero == 3:
         total += gathered_models * BYTES[config.model.weights_dtype] * min(part.weights, _GATHERED)
         words.append("gathered weights")
