@@ -5,6 +5,7 @@ names are those of Encoder.named_parameters(), as in a checkpoint behind `parame
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,16 +155,15 @@ def write_weights(
 
 def write_adapter(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path) -> int:
     """Write adapter_config.json and adapter_model.safetensors as peft does; returns the width of the vectors."""
-    backbone = build_skeleton(config)
-    wrapped = add_lora(backbone, config, seed=0)
+    wrapped = _wrapped_skeleton(config)
     expected = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
     _require_all({_OF_BACKBONE + name for name in expected}, tensors, config)
     state = {name: tensors[_OF_BACKBONE + name].float() for name in expected}
     for name, parameter in expected.items():
         require_shape(name, state[name], tuple(parameter.shape))
-    wrapped.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False)  # type: ignore[operator]
+    wrapped.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's blank model card
-    return int(backbone.config.hidden_size)
+    return int(wrapped.get_base_model().config.hidden_size)
 
 
 def open_saved(folder: Path) -> Mapping[str, Tensor]:
@@ -222,10 +222,18 @@ def _factors_of(name: str) -> tuple[str, str]:
 
 def _adapter_names(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the adapter's factors in an encoder, after a look that all are there."""
-    wrapped = add_lora(build_skeleton(config), config, seed=0)
+    wrapped = _wrapped_skeleton(config)
     names = [_OF_BACKBONE + name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
     _require_all(set(names), tensors, config)
     return names
+
+
+def _wrapped_skeleton(config: ModelConfig) -> Any:
+    """peft's wrapper around a backbone, both without memory for their weights."""
+    with warnings.catch_warnings():
+        # peft still calls some of transformers' names by their old form.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        return add_lora(build_skeleton(config), config, seed=0)
 
 
 def _require_all(names: set[str], tensors: Mapping[str, Any], config: ModelConfig) -> None:

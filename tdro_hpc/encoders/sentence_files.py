@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 
 from tdro_hpc.config.schema import ModelConfig
 from tdro_hpc.data.tokens import with_instruction
@@ -18,6 +18,9 @@ from tdro_hpc.encoders.tokenization import TextTokenizer
 
 _POOLING = {"last": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 _MODULES = "sentence_transformers.models."  # the names that every release reads, new ones too
+# Left in the settings by whatever the tokenizer did last, or on the way to it.
+_OF_THE_PROCESS = ("max_length", "stride", "truncation_strategy", "is_local", "local_files_only")
+_OF_A_FRAME = ("add_bos_token", "add_eos_token")
 # What a tokenizer has to treat as TextTokenizer does. The last is cut at any usual limit.
 _SAMPLES = (
     "",
@@ -80,32 +83,35 @@ def write_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     """
     tokenizer.save(folder)
     if tokenizer.append_eos:
-        _append_end(tokenizer, folder)
+        _require_file(tokenizer, folder)
+    if (folder / "tokenizer.json").is_file():
+        _adapt_file(tokenizer, folder / "tokenizer.json")
     _adapt_settings(tokenizer, folder)
     _require_same(tokenizer, folder)
 
 
-def _append_end(tokenizer: TextTokenizer, folder: Path) -> None:
-    """Change tokenizer.json so that every text ends in the end token, behind what is put before it already."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+def _require_file(tokenizer: TextTokenizer, folder: Path) -> None:
+    if not (folder / "tokenizer.json").is_file():
         raise ValueError(
             f"The tokenizer of this model ({type(tokenizer.hf_tokenizer).__name__}) has no tokenizer.json, so the end "
-            "token of model.append_eos cannot be written into it. Set model.name to a release of the model with one."
+            "token of model.append_eos cannot be written into it. Use out/model of the stage with this project."
         )
+
+
+def _adapt_file(tokenizer: TextTokenizer, path: Path) -> None:
+    """Change tokenizer.json so that it cuts and pads nothing by itself, and appends the end token where we do."""
     written = Tokenizer.from_file(str(path))
+    written.no_truncation()
+    written.no_padding()
     framed = written.encode("").ids
-    if framed[-1:] == [tokenizer.eos_id]:
-        return
-    before = [str(written.id_to_token(number)) for number in framed]
-    end = tokenizer.hf_tokenizer.convert_ids_to_tokens(tokenizer.eos_id)
-    single = " ".join([*before, "$A", end])
-    special = [*zip(before, framed, strict=True), (end, tokenizer.eos_id)]
-    written.post_processor = processors.TemplateProcessing(
-        single=single, pair=f"{single} $B:1 {end}:1", special_tokens=list(dict(special).items())
-    )
+    if tokenizer.append_eos and framed[-1:] != [tokenizer.eos_id]:
+        before = [str(written.id_to_token(number)) for number in framed]
+        end = tokenizer.hf_tokenizer.convert_ids_to_tokens(tokenizer.eos_id)
+        single = " ".join([*before, "$A", end])
+        special = dict([*zip(before, framed, strict=True), (end, tokenizer.eos_id)])
+        written.post_processor = processors.TemplateProcessing(
+            single=single, pair=f"{single} $B:1 {end}:1", special_tokens=list(special.items())
+        )
     written.save(str(path))
 
 
@@ -113,15 +119,16 @@ def _adapt_settings(tokenizer: TextTokenizer, folder: Path) -> None:
     """Change tokenizer_config.json so that tokenizer.json is taken as it is, and texts are padded as they may be."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
+    left_out: tuple[str, ...] = _OF_THE_PROCESS
     if (folder / "tokenizer.json").is_file():
         # A model's own class would build the frame of special tokens anew. This one has its name in every release.
-        settings = {key: value for key, value in settings.items() if key not in ("add_bos_token", "add_eos_token")}
+        left_out += _OF_A_FRAME
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     # Positions are then counted from the text's first token whoever counts them; vectors do not depend on the side.
     settings["padding_side"], settings["truncation_side"] = "right", "right"
     if tokenizer.hf_tokenizer.pad_token is None:
         settings["pad_token"] = tokenizer.hf_tokenizer.convert_ids_to_tokens(tokenizer.pad_id)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    _write(path, {key: settings[key] for key in sorted(settings.keys() - set(left_out))})
 
 
 def _require_same(tokenizer: TextTokenizer, folder: Path) -> None:

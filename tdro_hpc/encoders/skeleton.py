@@ -37,9 +37,10 @@ def write_config(backbone: Any, dtype: torch.dtype, folder: Path) -> None:
     backbone.config.save_pretrained(str(folder))
 
 
-def base_on_this_machine(config: ModelConfig) -> Path | None:
+def base_on_this_machine(config: ModelConfig, *, needs: tuple[str, ...] = ("config.json",)) -> Path | None:
     """Folder with the files of config.name; None for a hub id that is not downloaded, and for a tiny backbone.
 
+    needs   files that a download has to have, as patterns
     raises  ValueError  where config.name can only be a folder or a package, and there is none
     """
     if tiny_architecture(config.name):
@@ -47,14 +48,15 @@ def base_on_this_machine(config: ModelConfig) -> Path | None:
     location = model_location(config.name)
     if Path(location).is_dir():
         return Path(location)
-    copy = downloaded_copy(location, config.revision, needs=("config.json",))
+    copy = downloaded_copy(location, config.revision, needs=needs)
     return Path(copy) if copy else None
 
 
 def folder_of_base(config: ModelConfig) -> Path:
     """As base_on_this_machine, for a name that has files; a hub id is downloaded where it is not here yet."""
     assert not tiny_architecture(config.name), "a tiny backbone has no files"
-    return base_on_this_machine(config) or _download(config.name, config)
+    found = base_on_this_machine(config, needs=("*.safetensors",))
+    return found or _download(config.name, config)
 
 
 def _download(location: str, config: ModelConfig) -> Path:
@@ -89,7 +91,7 @@ def _hf_config(config: ModelConfig) -> Any:
         return tiny_config(architecture)
     from transformers import AutoConfig
 
-    folder = folder_of_base(config)
+    folder = base_on_this_machine(config) or _download(config.name, config)
     try:
         found = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -77,8 +77,10 @@ def train(config: Config, *, done: bool = True) -> Encoder:
         engine = TorchEngine(encoder, ONE, config.s0)
         save_checkpoint(stage_dir / "checkpoints", step, {"engine": engine}, keep=2)
     encoder.eval()
+    tokenizer = load_tokenizer(config.model)
+    tokenizer.encode(["what it did last"], max_tokens=3)
     with new_folder(stage_dir / "out" / "model") as folder:
-        save_encoder(encoder, load_tokenizer(config.model), folder)
+        save_encoder(encoder, tokenizer, folder)
     if done:
         write_json(stage_dir / "DONE.json", {"code": "abc123"})
     return encoder
@@ -126,6 +128,17 @@ def test_named_checkpoint_and_newest_one_are_those_of_their_steps(place):
         found = vectors(load_encoder(config.model, folder=folder, device="cpu", seed=9), load_tokenizer(config.model))
         assert_close(found, expected, rtol=0, atol=1e-5)
         assert f"checkpoints/step-0000000{step}" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_checkpoint_and_model_of_its_step_make_the_same_files(lora, place):
+    config = config_of(place, lora=lora, name="tiny:llama")
+    train(config)
+    of_model = {path.name: path.read_bytes() for path in make(config).rglob("*") if path.is_file()}
+    of_checkpoint = {path.name: path.read_bytes() for path in make(config, checkpoint=4).rglob("*") if path.is_file()}
+    assert of_model.keys() == of_checkpoint.keys()
+    differ = [name for name, content in of_model.items() if of_checkpoint[name] != content]
+    assert differ == ["README.md"]  # it says which of the two it is
 
 
 def test_type_and_size_of_the_files_are_those_asked_for(place):
