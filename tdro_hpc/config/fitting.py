@@ -121,7 +121,7 @@ def chosen_layout(config: Config) -> tuple[ParallelConfig, str]:
             "GPU of 80 GB, or parallel=ddp."
         )
     figures, ranks = figures_of(config.model), ranks_of_job(cluster)
-    if figures is None:
+    if figures is None or parameter_shapes(config.model.name, config.model.revision) is None:
         raise ValueError(
             f"model.name is {config.model.name!r}, whose sizes are not known here, and parallel=auto has to know what "
             f"fits. Type hf download {config.model.name} config.json, or parallel=zero2."
@@ -132,6 +132,7 @@ def chosen_layout(config: Config) -> tuple[ParallelConfig, str]:
         need = max((_total(config, kind, layout) for kind in kinds), default=0)
         if need <= _ROOM * _capacity(config):
             words = f"parallel=auto takes {layout.name}: {size_words(need)} a GPU of {cluster.gpu_memory_gb:g} GB"
+            words += f", {layout.dp} data rank{'s' if layout.dp > 1 else ''}"
             if missed:
                 words += f"; with less communication {missed[-1][1]} would need {size_words(missed[-1][0])}"
             return _parallel_of(parallel, layout), words
@@ -140,7 +141,7 @@ def chosen_layout(config: Config) -> tuple[ParallelConfig, str]:
     raise ValueError(
         f"parallel.engine is 'auto', but no layout of {ranks} rank{'s' if ranks > 1 else ''} fits a GPU of "
         f"{cluster.gpu_memory_gb:g} GB with a tenth to spare. The nearest is {name} with {size_words(need)}. "
-        f"{_help_of_auto(config, figures, name)}"
+        f"{_help_of_auto(config, figures)}"
     )
 
 
@@ -187,7 +188,7 @@ def _parallel_of(parallel: ParallelConfig, layout: Layout) -> ParallelConfig:
     return replace(parallel, engine=layout.engine, zero=layout.zero, offload=layout.offload, pp=layout.pp, tp=layout.tp)
 
 
-def _help_of_auto(config: Config, figures: ModelFigures, nearest: str) -> str:
+def _help_of_auto(config: Config, figures: ModelFigures) -> str:
     more = ""
     if figures.kind in SPREADABLE and not can_be_spread(config, figures):
         more = " With model.lora.dropout=0 tensor parallelism and pipelines are tried too."

@@ -199,6 +199,20 @@ def test_auto_says_what_it_has_to_know(keys, said, cure):
     assert said in caught.value.problems[0] and cure in caught.value.problems[0]
 
 
+def test_auto_refuses_a_model_whose_layers_nobody_knows(tmp_path):
+    sizes = '"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3'
+    (tmp_path / "config.json").write_text(f'{{"model_type": "strange", "vocab_size": 10, {sizes}}}')
+    with pytest.raises(ConfigError, match="sizes are not known here"):
+        load("parallel=auto", f"model.name={tmp_path}", "cluster.gpus_per_node=2", "cluster.gpu_memory_gb=80")
+
+
+def test_auto_says_how_many_ranks_read_data():
+    pytest.importorskip("deepspeed")
+    keys = ["model=llama3-8b", "model.lora.enabled=false", "loss.gradient_cache=true", "stages=[s0]"]
+    loaded = load("parallel=auto", *keys, "cluster.gpus_per_node=8", "cluster.gpu_memory_gb=60")
+    assert ", 2 data ranks; with less communication tp2 would need " in loaded.notes[0]
+
+
 def test_auto_without_gpus_is_ddp():
     assert load("parallel=auto").config.parallel == Config().parallel
 
@@ -218,9 +232,9 @@ def test_every_model_of_the_configs_has_an_estimate(name):
 
 
 def test_what_is_assumed_of_the_engines_is_what_they_do():
-    loading = pytest.importorskip("tdro_hpc.parallel.pipeline_loading")
-    pipeline = pytest.importorskip("tdro_hpc.parallel.pipeline_engine")
-    zero = pytest.importorskip("tdro_hpc.parallel.zero_engine")
+    loading = pytest.importorskip("tdro_hpc.parallel.pipeline.loading")
+    pipeline = pytest.importorskip("tdro_hpc.parallel.pipeline.engine")
+    zero = pytest.importorskip("tdro_hpc.parallel.zero.engine")
     assert loading.SPREADABLE == SPREADABLE
     assert (zero.BUCKET_ELEMENTS, pipeline.BUCKET_ELEMENTS) == (ZERO_BUCKET, PIPELINE_BUCKET)
     # 28 layers in 8 parts: the last four have one more.
