@@ -60,6 +60,7 @@ class ModelFigures:
     key_value_heads: int
     head_width: int
     vocabulary: int
+    attention_dropout: float = 0.0
 
     @property
     def is_encoder(self) -> bool:
@@ -104,6 +105,7 @@ def _figures(document: dict[str, Any]) -> ModelFigures:
         key_value_heads=document.get("num_key_value_heads") or heads,
         head_width=document.get("head_dim") or document["hidden_size"] // heads,
         vocabulary=document["vocab_size"],
+        attention_dropout=document.get("attention_dropout") or 0.0,
     )
 
 

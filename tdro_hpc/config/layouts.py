@@ -148,6 +148,11 @@ def _size_problems(config: Config, figures: ModelFigures, axes: str) -> list[str
             f"{config.model.name} is a {figures.kind}; {axes} spreads {', '.join(SPREADABLE)} only. "
             "Type parallel=ddp or parallel=zero2: each holds whole layers on every rank."
         ]
+    if figures.attention_dropout > 0:
+        problems.append(
+            f"{config.model.name} has attention_dropout {figures.attention_dropout:g} in its config.json; with {axes} "
+            "nothing is drawn at random. Set it to 0 there, or type parallel=zero2."
+        )
     heads = head_divisor(figures)
     if heads % parallel.tp:
         fitting = " or ".join(f"parallel.tp={size}" for size in _divisors(heads) if size <= 8)

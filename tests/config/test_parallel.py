@@ -138,6 +138,17 @@ def test_model_that_cannot_be_spread_is_refused(model, layout, gpus, said, cure)
     assert said in problem and cure in problem
 
 
+def test_dropout_of_attention_is_refused_where_ranks_share_a_model(tmp_path):
+    sizes = '"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 4'
+    (tmp_path / "config.json").write_text(
+        f'{{"model_type": "llama", "vocab_size": 10, "attention_dropout": 0.1, {sizes}}}'
+    )
+    keys = [f"model.name={tmp_path}", "cluster.ranks_per_node=2"]
+    (problem,) = problems("parallel=pp2", *keys)
+    assert "attention_dropout 0.1" in problem and "parallel=zero2" in problem
+    assert problems("parallel=zero2", *keys) == []
+
+
 def test_pipeline_longer_than_the_model_is_refused():
     (problem,) = problems("parallel.pp=8", "model=tiny_decoder", "cluster.ranks_per_node=8")
     assert "has 4 layers" in problem and "Type parallel.pp=1 or parallel.pp=2 or parallel.pp=4." in problem
