@@ -101,11 +101,13 @@ void GroupRun::pack_rows() {
     const int64_t start = first_ + block * LANES, count = std::min<int64_t>(LANES, first_ + rows_ - start);
     const Rows rows{problem_.queries, problem_.type, problem_.width, members.first + start, count,
                     members.index ? members.index + start : nullptr};
+    const bool scores_follow = !call_.shares || !kept_;
     if (kernels_.pairs) {
-      pack_transposed_pairs(rows, &transposed_[block * ((problem_.width + 1) / 2) * LANES]);
+      if (scores_follow) pack_transposed_pairs(rows, &transposed_[block * ((problem_.width + 1) / 2) * LANES]);
       if (gradients_) pack_row_pairs(rows, (rows_ + 1) / 2, &by_dimension_[block * LANES / 2 * LANES]);
     } else {
-      pack_transposed(rows, reinterpret_cast<float*>(&transposed_[block * problem_.width * LANES]));
+      if (scores_follow)
+        pack_transposed(rows, reinterpret_cast<float*>(&transposed_[block * problem_.width * LANES]));
       if (gradients_) pack_lanes(rows, rows_, reinterpret_cast<float*>(&by_dimension_[block * LANES * LANES]));
     }
   });
