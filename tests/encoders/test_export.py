@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -200,3 +201,20 @@ def test_damaged_file_is_named(tmp_path):
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"model.safetensors cannot be read .*again"):
         open_base(config_of(str(folder), lora=True))
+
+
+def test_model_that_is_nowhere_says_what_to_type(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = config_of("nobody-x/none-y", lora=True)
+    with pytest.raises(ValueError, match=r"(?s)'nobody-x/none-y', which is not on this machine.*Type `hf download"):
+        open_base(config)
+
+
+def test_model_with_code_of_its_own_is_refused(tmp_path):
+    folder = build_tiny("qwen2", tmp_path / "base")
+    values = json.loads((folder / "config.json").read_text()) | {"model_type": "mine"}
+    (folder / "config.json").write_text(json.dumps(values | {"auto_map": {"AutoConfig": "mine.Config"}}))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match=r"(?s)config.json describes no model.*cannot be exported"):
+        open_base(config_of(str(folder), lora=True))
+    assert not (tmp_path / "ran").exists()
