@@ -102,7 +102,7 @@ def load_encoder(config: ModelConfig, *, folder: Path | None = None, device: tor
     """
     device = torch.device(device)
     if folder is not None:
-        config = _config_of_saved(config, folder)
+        config = config_of_saved(config, folder)
     saved_weights = folder if folder is not None and not config.lora.enabled else None
     with torch.random.fork_rng(devices=[]), _quiet_loading():
         torch.default_generator.manual_seed(seed)  # manual_seed of torch itself would touch the GPUs' generators too
@@ -111,19 +111,23 @@ def load_encoder(config: ModelConfig, *, folder: Path | None = None, device: tor
         if config.lora.enabled:
             backbone = add_lora(backbone, config, seed=seed) if folder is None else load_lora(backbone, str(folder))
         if config.gradient_checkpointing:
-            _enable_checkpointing(backbone)
+            enable_checkpointing(backbone)
     return Encoder(backbone, config).to(device).eval()
 
 
-def _enable_checkpointing(backbone: Any) -> None:
-    """Recompute activations in the backward pass. Non-reentrant, so gradients reach adapters behind frozen layers."""
+def enable_checkpointing(backbone: Any) -> None:
+    """Let a backbone recompute activations in the backward pass.
+
+    Non-reentrant, so gradients reach adapters behind frozen layers.
+    """
     if hasattr(backbone, "activation_checkpointing_enable"):
         backbone.activation_checkpointing_enable({"use_reentrant": False})
     else:  # its name before transformers 5.23
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _config_of_saved(config: ModelConfig, folder: Path) -> ModelConfig:
+def config_of_saved(config: ModelConfig, folder: Path) -> ModelConfig:
+    """What a saved model says of itself, with the rest of `config`; raises ValueError for another model's adapter."""
     saved = saved_model_config(config, folder)
     # The last part only: folders get moved, and one machine has the download that another names by its hub id.
     if saved.lora.enabled and Path(saved.name).name != Path(config.name).name:

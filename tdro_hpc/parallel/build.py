@@ -19,13 +19,13 @@ def build_engine(
     raises  ValueError when the model is not there, or cannot be trained in this layout
     """
     if process.pipeline_size * process.tensor_size > 1:
-        from tdro_hpc.parallel.pipeline_engine import PipelineEngine
+        from tdro_hpc.parallel.pipeline.engine import PipelineEngine
 
         return PipelineEngine(model, process, training, parallel, seed=seed)
     encoder = load_encoder(model, device=process.device, seed=seed)
     if parallel.engine == "torch":
         return TorchEngine(encoder, process, training)
-    from tdro_hpc.parallel.zero_engine import ZeroEngine
+    from tdro_hpc.parallel.zero.engine import ZeroEngine
 
     return ZeroEngine(encoder, process, training, parallel)
 
@@ -39,7 +39,7 @@ def build_frozen(
     raises  as `build_engine`
     """
     if process.pipeline_size * process.tensor_size > 1:
-        from tdro_hpc.parallel.pipeline_forward import FrozenPipeline
+        from tdro_hpc.parallel.pipeline.forward import FrozenPipeline
 
         return FrozenPipeline(model, process, folder=folder, seed=seed)
     return freeze(load_encoder(model, folder=folder, device=process.device, seed=seed), process, parallel)

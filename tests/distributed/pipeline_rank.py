@@ -17,8 +17,8 @@ from tdro_hpc.losses.score_block import build_score_block
 from tdro_hpc.parallel import process as processes
 from tdro_hpc.parallel.mesh import Mesh, build_groups
 from tdro_hpc.parallel.objects import gather_objects
-from tdro_hpc.parallel.pipeline_engine import PipelineEngine
-from tdro_hpc.parallel.pipeline_forward import FrozenPipeline
+from tdro_hpc.parallel.pipeline.engine import PipelineEngine
+from tdro_hpc.parallel.pipeline.forward import FrozenPipeline
 from tdro_hpc.parallel.process import Process, end_process, start_process, wait_for_all
 from tdro_hpc.parallel.slices import Slice
 from tdro_hpc.parallel.torch_engine import TorchEngine

@@ -13,12 +13,12 @@ import torch
 
 from tdro_hpc.config.schema import ParallelConfig
 from tdro_hpc.encoders import tiny
-from tdro_hpc.parallel import zero_engine
 from tdro_hpc.parallel.frozen import freeze
 from tdro_hpc.parallel.objects import gather_objects
 from tdro_hpc.parallel.process import Process, end_process, start_process, sum_over_ranks
 from tdro_hpc.parallel.torch_engine import TorchEngine
-from tdro_hpc.parallel.zero_engine import ZeroEngine
+from tdro_hpc.parallel.zero import engine as zero_engine
+from tdro_hpc.parallel.zero.engine import ZeroEngine
 from tests.distributed.zero_cases import (
     STEPS,
     TRAINING,

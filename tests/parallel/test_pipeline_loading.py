@@ -11,11 +11,11 @@ from tdro_hpc.config.schema import LoraConfig, ModelConfig
 from tdro_hpc.encoders.backbone import load_encoder, save_encoder
 from tdro_hpc.encoders.tiny import tiny_backbone, tiny_config
 from tdro_hpc.encoders.tokenization import load_tokenizer
-from tdro_hpc.parallel.pipeline_loading import layers_of_part, load_part, require_no_dropout, require_spreadable
-from tdro_hpc.parallel.placement import Placement
+from tdro_hpc.parallel.pipeline.loading import layers_of_part, load_part, require_no_dropout, require_spreadable
+from tdro_hpc.parallel.pipeline.placement import Placement
+from tdro_hpc.parallel.pipeline.weights import FolderTensors, fill
 from tdro_hpc.parallel.process import Process
 from tdro_hpc.parallel.slices import Slice, WholeTensors
-from tdro_hpc.parallel.weights import FolderTensors, fill
 from tests.reference.toy import toy_tokens
 
 NO_LORA = LoraConfig(enabled=False)

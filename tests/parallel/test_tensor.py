@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tdro_hpc.parallel import tensor
-from tdro_hpc.parallel.tensor import LowRank, SplitLinear, TensorAxis
+from tdro_hpc.parallel.pipeline import tensor
+from tdro_hpc.parallel.pipeline.tensor import LowRank, SplitLinear, TensorAxis
 
 LOW_RANK = LowRank(rank=3, scale=2.0)
 

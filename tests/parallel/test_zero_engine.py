@@ -10,7 +10,7 @@ import torch
 from tdro_hpc.config.schema import LoraConfig, ModelConfig, ParallelConfig, TrainingConfig
 from tdro_hpc.parallel.deepspeed_setup import import_deepspeed
 from tdro_hpc.parallel.process import Process
-from tdro_hpc.parallel.zero_engine import BUCKET_ELEMENTS, zero_settings
+from tdro_hpc.parallel.zero.engine import BUCKET_ELEMENTS, zero_settings
 from tests.reference.toy import ToyEncoder
 
 ALONE = Process(data_rank=0, data_size=1, local_rank=0, device=torch.device("cpu"))
@@ -21,8 +21,8 @@ def model(**keys):
     return ModelConfig(name="tiny:qwen2", autocast="float32", lora=LoraConfig(enabled=False), **keys)
 
 
-def settings(zero, *, training=TRAINING, offload=False, **keys):
-    encoder = ToyEncoder()
+def settings(zero, *, training=TRAINING, offload=False, trained=None, **keys):
+    encoder = ToyEncoder().to(trained or getattr(torch, model(**keys).weights_dtype))
     encoder.config = model(**keys)
     parallel = ParallelConfig(engine="deepspeed", zero=zero, offload=offload)
     found = zero_settings(encoder, ALONE, training, parallel)
@@ -42,6 +42,10 @@ def test_bfloat16_gradients_are_summed_in_float32():
         found = settings(zero, weights_dtype="bfloat16")
         assert found["bf16"] == {"enabled": True} and found["data_types"] == {"grad_accum_dtype": "fp32"}
     assert not {"bf16", "data_types"} & settings(2).keys()
+
+
+def test_float32_adapters_on_bfloat16_weights_are_not_cast_for_the_passes():
+    assert "bf16" not in settings(1, weights_dtype="bfloat16", trained=torch.float32)
 
 
 def test_states_go_to_the_host_where_asked():

@@ -4,7 +4,6 @@ The part is transformers' own model, made on the device `meta` with this rank's 
 """
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,15 @@ from torch import nn
 
 from tdro_hpc.config.schema import ModelConfig
 from tdro_hpc.encoders.attention import attention_name, register_padding_free
+from tdro_hpc.encoders.backbone import config_of_saved, enable_checkpointing
 from tdro_hpc.encoders.lora import ALL_LINEAR, first_factor, linear_names
-from tdro_hpc.encoders.saving import saved_model_config
+from tdro_hpc.encoders.norms import fuse_norms
 from tdro_hpc.encoders.sources import tiny_architecture
 from tdro_hpc.encoders.tiny import tiny_config
-from tdro_hpc.parallel.pipeline_layers import EncoderPart
+from tdro_hpc.parallel.pipeline.layers import EncoderPart
+from tdro_hpc.parallel.pipeline.tensor import LowRank, TensorAxis, split_layer
+from tdro_hpc.parallel.pipeline.weights import FolderTensors, backbone_folder, backbone_tensors, fill
 from tdro_hpc.parallel.process import Process, tensor_group
-from tdro_hpc.parallel.tensor import LowRank, TensorAxis, split_layer
-from tdro_hpc.parallel.weights import FolderTensors, backbone_folder, backbone_tensors, fill
 
 SPREADABLE = ("qwen2", "qwen3", "mistral", "llama")  # model types whose layers tensor.py has rules for
 
@@ -34,14 +34,15 @@ def load_part(config: ModelConfig, process: Process, *, folder: Path | None, see
     raises  ValueError when the model is not there, not whole, or cannot be spread as the process asks
     """
     if folder is not None:
-        config = _config_of_saved(config, folder)
+        config = config_of_saved(config, folder)
     whole_in = folder if folder is not None and not config.lora.enabled else backbone_folder(config)
     shape = _whole_config(config, whole_in)
     require_spreadable(config, shape, pipeline_size=process.pipeline_size, tensor_size=process.tensor_size)
     part = _empty_part(config, shape, process)
     _fill_part(part, whole_in, folder, seed)
+    fuse_norms(part.backbone, process.device)
     if config.gradient_checkpointing:
-        _enable_checkpointing(part.backbone)
+        enable_checkpointing(part.backbone)
     return part.eval()
 
 
@@ -100,17 +101,6 @@ def require_no_dropout(part: EncoderPart) -> None:
                 f"{key} is {share}, but a model that is spread by parallel.pp or parallel.tp is trained without "
                 "dropout. Set it to 0, or parallel.pp=1 parallel.tp=1."
             )
-
-
-def _config_of_saved(config: ModelConfig, folder: Path) -> ModelConfig:
-    saved = saved_model_config(config, folder)
-    # The last part only: folders get moved, and one machine has the download that another names by its hub id.
-    if saved.lora.enabled and Path(saved.name).name != Path(config.name).name:
-        raise ValueError(
-            f"The adapter in {folder} was trained on {saved.name!r}, but model.name is {config.name!r}. "
-            f"Set model.name={saved.name}, or to a folder of that name."
-        )
-    return dataclasses.replace(saved, name=config.name)
 
 
 def _whole_config(config: ModelConfig, folder: Path | None) -> Any:
@@ -201,11 +191,3 @@ def _fill_part(part: EncoderPart, whole_in: Path | None, folder: Path | None, se
             target.zero_()
         else:
             target.copy_(place.cut(first_factor(place.name.removeprefix("backbone."), place.shape, seed)))
-
-
-def _enable_checkpointing(backbone: Any) -> None:
-    """Recompute activations in the backward pass. Non-reentrant, so gradients reach adapters behind frozen layers."""
-    if hasattr(backbone, "activation_checkpointing_enable"):
-        backbone.activation_checkpointing_enable({"use_reentrant": False})
-    else:  # its name before transformers 5.23
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})

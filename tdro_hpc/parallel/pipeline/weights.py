@@ -12,9 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tdro_hpc.config.schema import ModelConfig
-from tdro_hpc.encoders.sources import downloaded_copy, model_location, tiny_architecture
+from tdro_hpc.encoders.skeleton import folder_of_base
+from tdro_hpc.encoders.sources import tiny_architecture
 from tdro_hpc.encoders.tiny import tiny_backbone
-from tdro_hpc.parallel.placement import Placement
+from tdro_hpc.parallel.pipeline.placement import Placement
 from tdro_hpc.parallel.slices import StoredTensors, WholeTensors
 
 PATTERN = "*.safetensors"
@@ -103,28 +104,7 @@ def backbone_folder(config: ModelConfig) -> Path | None:
 
     raises ValueError where there is no such model, or the hub does not hand it out
     """
-    if tiny_architecture(config.name):
-        return None
-    location = model_location(config.name)
-    if Path(location).is_dir():
-        return Path(location)
-    copy = downloaded_copy(location, config.revision, needs=(PATTERN,))
-    return Path(copy) if copy is not None else _download(location, config)
-
-
-def _download(location: str, config: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download
-
-    # Some repositories hold the weights a second time, under another name.
-    wanted = ["model*.safetensors", "*.json", "*.txt"]
-    try:
-        return Path(snapshot_download(location, revision=config.revision or None, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.name is {config.name!r}: it is not on this machine and could not be downloaded. The hub says: "
-            f"{str(error).strip().splitlines()[0]}\nWhere the hub cannot be reached, type `hf download {config.name} "
-            f"--local-dir models/backbone` on a machine that reaches it and set model.name=models/backbone."
-        ) from error
+    return None if tiny_architecture(config.name) else folder_of_base(config)
 
 
 def backbone_tensors(config: ModelConfig, folder: Path | None) -> StoredTensors:

@@ -18,10 +18,10 @@ from tdro_hpc.parallel.deepspeed_setup import initialised, shared_settings, star
 from tdro_hpc.parallel.engine_state import check_fit, stored_tensors
 from tdro_hpc.parallel.objects import gather_objects
 from tdro_hpc.parallel.optimizer import build_optimizer, describe_optimizer
-from tdro_hpc.parallel.pipeline_forward import embed_through
-from tdro_hpc.parallel.pipeline_layers import EncoderPart
-from tdro_hpc.parallel.pipeline_loading import load_part, require_no_dropout
-from tdro_hpc.parallel.pipeline_state import Trained, load_tensors, tensors_to_write
+from tdro_hpc.parallel.pipeline.forward import embed_through
+from tdro_hpc.parallel.pipeline.layers import EncoderPart
+from tdro_hpc.parallel.pipeline.loading import load_part, require_no_dropout
+from tdro_hpc.parallel.pipeline.state import Trained, load_tensors, tensors_to_write
 from tdro_hpc.parallel.process import Process, replica_group, tensor_group
 from tdro_hpc.parallel.schedule import learning_rate_at
 
@@ -100,12 +100,20 @@ class PipelineEngine:
 
         Replicas may have different numbers of chunks: they meet only where they average.
         """
-        from tdro_hpc.parallel.pipeline_module import backward_pass
+        from tdro_hpc.parallel.pipeline.module import backward_pass
 
-        backward_pass(self._engine, chunks, gradients)
+        backward_pass(self._engine, chunks, self._same_gradients(gradients))
         if synchronise:
             self._sum_partial_gradients()
             self._engine._exec_reduce_grads()
+
+    def _same_gradients(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Those of the first tensor rank: a loss that rounds apart would let copies of a parameter drift apart."""
+        if self.process.tensor_size == 1:
+            return gradients
+        together = torch.cat(gradients)
+        dist.broadcast(together, group=tensor_group(), group_src=0)
+        return list(together.split([len(gradient) for gradient in gradients]))
 
     def step(self) -> Tensor:
         """Clip, update, zero the gradients; returns their global L2 norm [] before clipping."""
@@ -173,7 +181,7 @@ def _deepspeed_engine(
     part: EncoderPart, adam: torch.optim.Optimizer, process: Process, settings: dict[str, Any]
 ) -> Any:
     deepspeed = start_deepspeed(process)
-    from tdro_hpc.parallel.pipeline_module import PartModule
+    from tdro_hpc.parallel.pipeline.module import PartModule
 
     with contextlib.redirect_stdout(io.StringIO()):  # lists its layers and its topology
         module = PartModule(part, process)

@@ -1,7 +1,7 @@
 """The layers of an encoder that one rank of a pipeline holds, with what belongs to the first and the last rank.
 
 A part is transformers' own model with only its own layers in it, so masks, positions and layers are transformers' own;
-pipeline_loading.py makes it. Token ids enter the first part and embeddings leave the last; between them hidden states
+loading.py makes it. Token ids enter the first part and embeddings leave the last; between them hidden states
 travel and nothing else, because every rank of a replica has the tokens.
 """
 
@@ -16,8 +16,8 @@ from tdro_hpc.data.tokens import Tokens
 from tdro_hpc.encoders.attention import PADDING_FREE
 from tdro_hpc.encoders.packing import Packing, build_packing
 from tdro_hpc.encoders.pooling import pool, pool_packed, require_real_tokens
-from tdro_hpc.parallel.placement import Placement
-from tdro_hpc.parallel.tensor import SplitLinear, TensorAxis, is_head_norm
+from tdro_hpc.parallel.pipeline.placement import Placement
+from tdro_hpc.parallel.pipeline.tensor import SplitLinear, TensorAxis, is_head_norm
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from tdro_hpc.parallel.optimizer import (
 from tdro_hpc.parallel.process import Process
 from tdro_hpc.parallel.replay import Replay
 from tdro_hpc.parallel.schedule import learning_rate_at
-from tdro_hpc.parallel.zero_state import gathered, take_over
+from tdro_hpc.parallel.zero.state import gathered, take_over
 
 if TYPE_CHECKING:
     from tdro_hpc.encoders.backbone import Encoder
@@ -194,7 +194,9 @@ def zero_settings(
         "gradient_clipping": float(training.max_grad_norm) if parallel.zero else 0.0,
         "zero_optimization": zero,
     }
-    if encoder.config.weights_dtype == "bfloat16":
+    # Adapters are float32 on bfloat16 weights, too: DeepSpeed's mode would cast them for the passes. ZeRO-3 still rounds
+    # their gradients to the type of the weights.
+    if any(parameter.dtype == torch.bfloat16 for _, parameter in trained_parameters(encoder)):
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         if parallel.zero == 1:

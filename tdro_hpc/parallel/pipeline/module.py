@@ -14,7 +14,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from tdro_hpc.data.tokens import Tokens
-from tdro_hpc.parallel.pipeline_layers import EncoderPart
+from tdro_hpc.parallel.pipeline.layers import EncoderPart
 from tdro_hpc.parallel.process import Process
 
 

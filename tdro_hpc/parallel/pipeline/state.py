@@ -1,7 +1,7 @@
 """The state of a pipeline rank as layout-free tensors, and back.
 
 Each rank has some parameters of the whole model, some of them in part. Without ZeRO it also has the state of the
-optimiser for all of them; with ZeRO-1 masters and moments are split over the data ranks (zero_state.py).
+optimiser for all of them; with ZeRO-1 masters and moments are split over the data ranks (zero/state.py).
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from tdro_hpc.parallel.engine_state import stored_adam_state
 from tdro_hpc.parallel.optimizer import adam_state, set_adam_state
-from tdro_hpc.parallel.placement import Placement
+from tdro_hpc.parallel.pipeline.placement import Placement
 from tdro_hpc.parallel.process import Process
 from tdro_hpc.parallel.slices import Slice, StoredTensors
-from tdro_hpc.parallel.zero_state import gathered, take_over
+from tdro_hpc.parallel.zero.state import gathered, take_over
 
 Trained = list[tuple[nn.Parameter, Placement]]  # of one rank, in the order of its part
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from tdro_hpc.config.schema import ModelConfig
 from tdro_hpc.data.tokens import Tokens
 from tdro_hpc.parallel.mesh import Mesh
-from tdro_hpc.parallel.pipeline_layers import EncoderPart
-from tdro_hpc.parallel.pipeline_loading import load_part
+from tdro_hpc.parallel.pipeline.layers import EncoderPart
+from tdro_hpc.parallel.pipeline.loading import load_part
 from tdro_hpc.parallel.process import Process, replica_group
 
 

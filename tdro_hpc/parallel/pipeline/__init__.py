@@ -1,0 +1,1 @@
+"""A model spread over the ranks of a replica: by layers, and by the columns of its matrices."""

@@ -1,0 +1,1 @@
+"""A model whose optimiser, gradients and weights the data ranks share out (ZeRO)."""
