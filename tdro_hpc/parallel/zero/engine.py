@@ -194,8 +194,8 @@ def zero_settings(
         "gradient_clipping": float(training.max_grad_norm) if parallel.zero else 0.0,
         "zero_optimization": zero,
     }
-    # Adapters are float32 on bfloat16 weights, too: DeepSpeed's mode would cast them for the passes. ZeRO-3 still rounds
-    # their gradients to the type of the weights.
+    # Adapters are float32 on bfloat16 weights, too: DeepSpeed's mode would cast them for the passes. Under ZeRO-3 their
+    # gradients are rounded to the type of the weights all the same.
     if any(parameter.dtype == torch.bfloat16 for _, parameter in trained_parameters(encoder)):
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
