@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tdro_hpc.config.activations import Pass, layer_bytes
-from tdro_hpc.config.figures import SPREADABLE, ModelFigures, figures_of
+from tdro_hpc.config.figures import ModelFigures, figures_of
 from tdro_hpc.config.fitting import estimate_of, fit_notes, fit_problems, memory_equation, memory_text
 from tdro_hpc.config.layouts import Layout
 from tdro_hpc.config.load import ConfigError, LoadedConfig, load_config
@@ -235,7 +235,6 @@ def test_what_is_assumed_of_the_engines_is_what_they_do():
     loading = pytest.importorskip("tdro_hpc.parallel.pipeline.loading")
     pipeline = pytest.importorskip("tdro_hpc.parallel.pipeline.engine")
     zero = pytest.importorskip("tdro_hpc.parallel.zero.engine")
-    assert loading.SPREADABLE == SPREADABLE
     assert (zero.BUCKET_ELEMENTS, pipeline.BUCKET_ELEMENTS) == (ZERO_BUCKET, PIPELINE_BUCKET)
     # 28 layers in 8 parts: the last four have one more.
     assert loading.layers_of_part(28, 8) == [0, 3, 6, 9, 12, 16, 20, 24, 28]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdro_hpc.config.figures import SPREADABLE
 from tdro_hpc.config.schema import ModelConfig
 from tdro_hpc.encoders.attention import attention_name, register_padding_free
 from tdro_hpc.encoders.backbone import config_of_saved, enable_checkpointing
@@ -21,8 +22,6 @@ from tdro_hpc.parallel.pipeline.layers import EncoderPart
 from tdro_hpc.parallel.pipeline.tensor import LowRank, TensorAxis, split_layer
 from tdro_hpc.parallel.pipeline.weights import FolderTensors, backbone_folder, backbone_tensors, fill
 from tdro_hpc.parallel.process import Process, tensor_group
-
-SPREADABLE = ("qwen2", "qwen3", "mistral", "llama")  # model types whose layers tensor.py has rules for
 
 
 def load_part(config: ModelConfig, process: Process, *, folder: Path | None, seed: int) -> EncoderPart:
