@@ -5,6 +5,7 @@ import gc
 import importlib
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class Sample:
 
 def serve(connection: Connection, job: Job, options: Options) -> None:
     """Build the workload, send First, then a list of Sample at every message that is not None."""
+    sys.stdout = sys.stderr  # what packages say is not part of the tables
     import torch
 
     torch.set_num_threads(options.threads)
