@@ -26,10 +26,11 @@ def apex(monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "mistral", "llama"])
-def test_every_norm_of_a_decoder_is_fused_and_nothing_changes(architecture, apex):
+def test_every_norm_of_a_decoder_is_fused_and_nothing_changes(architecture, apex, capsys):
     plain, fused = tiny_backbone(architecture), tiny_backbone(architecture)
     norms = [name for name, _ in plain.named_parameters() if "norm" in name]
     assert fuse_norms(fused, CUDA) == len(norms) > 8
+    assert capsys.readouterr().out == f"norms: {len(norms)} by the fused kernel of apex\n"
     assert [name for name, _ in fused.named_parameters()] == [name for name, _ in plain.named_parameters()]
     ids = torch.arange(4, 24).view(2, 10)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
