@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/buffer.h"
 #include "cpu/infonce.h"
 
 namespace {
@@ -54,6 +55,9 @@ Item* items(const Tensor& tensor) {
   return static_cast<Item*>(tensor.data_ptr());
 }
 
+// What a call may use if nobody says: so much, or a quarter of its float32 gradients; less what is never counted.
+constexpr int64_t WORKSPACE_BYTES = 16 << 20, SLACK_BYTES = 1 << 20;
+
 struct Masks {
   const MaybeTensor &query_group, &document_group, &column_ids, &positive_ids, &known_ids;
   const std::optional<double>& margin;
@@ -77,12 +81,22 @@ tdro::Problem problem_of(const Tensor& queries, const Tensor& documents, const T
   problem.known_ids = items<int64_t>(masks.known_ids), problem.known = masks.known_ids ? masks.known_ids->size(1) : 0;
   problem.has_margin = masks.margin.has_value(), problem.margin = float(masks.margin.value_or(0.0));
   problem.log_weights = items<float>(masks.log_weights);
+  problem.workspace = std::max(WORKSPACE_BYTES, problem.width * (problem.rows + problem.columns)) - SLACK_BYTES;
   return problem;
 }
 
 Tensor floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+  const Tensor made = torch::stable::new_empty(like, sizes, ScalarType::Float);
+  tdro::prefer_large_pages(made.data_ptr(), size_t(made.numel()) * sizeof(float));
+  return made;
 }
+
+// The gradient of a side that has one, else an empty tensor.
+Tensor gradient_of(const Tensor& side, bool asked) {
+  return asked ? floats(side, {side.size(0), side.size(1)}) : floats(side, {0, side.size(1)});
+}
+
+float* items_if(bool asked, const Tensor& gradient) { return asked ? items<float>(gradient) : nullptr; }
 
 // The scaled scores of the positives, all of which must be among the columns.
 Tensor own_positive_scores(const tdro::Problem& problem, const tdro::Parallel& parallel, const Tensor& queries) {
@@ -136,16 +150,17 @@ std::tuple<Tensor, Tensor, Tensor> infonce_losses(Tensor queries, Tensor documen
                                                   MaybeTensor document_group, MaybeTensor column_ids,
                                                   MaybeTensor positive_ids, MaybeTensor known_ids,
                                                   std::optional<double> margin, MaybeTensor log_weights,
-                                                  bool keep) {
-  const tdro::Problem problem =
+                                                  int64_t workspace) {
+  tdro::Problem problem =
       problem_of(queries, documents, positives, temperature,
                  {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
+  problem.workspace = workspace - SLACK_BYTES;
   const tdro::Parallel parallel = torch_threads();
   Tensor scores = own_positive_scores(problem, parallel, queries);
   Tensor losses = floats(queries, {problem.rows});
   std::optional<Tensor> kept;
   const auto room_for = [&](int64_t room) { return items<float>(kept.emplace(floats(queries, {room}))); };
-  tdro::losses(problem, parallel, items<float>(scores), items<float>(losses), keep ? room_for : tdro::RoomFor());
+  tdro::losses(problem, parallel, items<float>(scores), items<float>(losses), workspace ? room_for : tdro::RoomFor());
   return {losses, scores, kept ? *kept : floats(queries, {0})};
 }
 
@@ -154,16 +169,29 @@ std::tuple<Tensor, Tensor> infonce_losses_backward(Tensor queries, Tensor docume
                                                    MaybeTensor document_group, MaybeTensor column_ids,
                                                    MaybeTensor positive_ids, MaybeTensor known_ids,
                                                    std::optional<double> margin, MaybeTensor log_weights, Tensor losses,
-                                                   Tensor positive_scores, Tensor kept, Tensor row_weights) {
+                                                   Tensor positive_scores, Tensor kept, Tensor row_weights,
+                                                    bool of_queries, bool of_documents) {
   const tdro::Problem problem =
       problem_of(queries, documents, positives, temperature,
                  {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
-  Tensor for_queries = floats(queries, {problem.rows, problem.width});
-  Tensor for_documents = floats(documents, {problem.columns, problem.width});
+  Tensor for_queries = gradient_of(queries, of_queries), for_documents = gradient_of(documents, of_documents);
   tdro::losses_backward(problem, torch_threads(), items<float>(positive_scores), items<float>(losses),
-                        items<float>(row_weights), items<float>(kept), kept.size(0), items<float>(for_queries),
-                        items<float>(for_documents));
+                        items<float>(row_weights), items<float>(kept), kept.size(0),
+                        items_if(of_queries, for_queries), items_if(of_documents, for_documents));
   return {for_queries, for_documents};
+}
+
+// Losses, scores of the positives, and the gradients that are asked for.
+std::tuple<Tensor, Tensor, Tensor, Tensor> losses_and_gradients(const tdro::Problem& problem, const Tensor& queries,
+                                                                const Tensor& documents, const Tensor& row_weights,
+                                                                bool of_queries, bool of_documents) {
+  const tdro::Parallel parallel = torch_threads();
+  Tensor scores = own_positive_scores(problem, parallel, queries);
+  Tensor losses = floats(queries, {problem.rows});
+  Tensor for_queries = gradient_of(queries, of_queries), for_documents = gradient_of(documents, of_documents);
+  tdro::forward_backward(problem, parallel, items<float>(scores), items<float>(row_weights), items<float>(losses),
+                         items_if(of_queries, for_queries), items_if(of_documents, for_documents));
+  return {losses, scores, for_queries, for_documents};
 }
 
 std::tuple<Tensor, Tensor, Tensor> infonce_forward_backward(Tensor queries, Tensor documents, Tensor positives,
@@ -175,14 +203,23 @@ std::tuple<Tensor, Tensor, Tensor> infonce_forward_backward(Tensor queries, Tens
   const tdro::Problem problem =
       problem_of(queries, documents, positives, temperature,
                  {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
-  const tdro::Parallel parallel = torch_threads();
-  Tensor scores = own_positive_scores(problem, parallel, queries);
-  Tensor losses = floats(queries, {problem.rows});
-  Tensor for_queries = floats(queries, {problem.rows, problem.width});
-  Tensor for_documents = floats(documents, {problem.columns, problem.width});
-  tdro::forward_backward(problem, parallel, items<float>(scores), items<float>(row_weights), items<float>(losses),
-                         items<float>(for_queries), items<float>(for_documents));
+  auto [losses, scores, for_queries, for_documents] =
+      losses_and_gradients(problem, queries, documents, row_weights, true, true);
   return {losses, for_queries, for_documents};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> infonce_gradients(Tensor queries, Tensor documents, Tensor positives,
+                                                             Tensor temperature, MaybeTensor query_group,
+                                                             MaybeTensor document_group, MaybeTensor column_ids,
+                                                             MaybeTensor positive_ids, MaybeTensor known_ids,
+                                                             std::optional<double> margin, MaybeTensor log_weights,
+                                                             Tensor row_weights, int64_t workspace, bool of_queries,
+                                                             bool of_documents) {
+  tdro::Problem problem =
+      problem_of(queries, documents, positives, temperature,
+                 {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
+  problem.workspace = workspace - SLACK_BYTES;
+  return losses_and_gradients(problem, queries, documents, row_weights, of_queries, of_documents);
 }
 
 std::string infonce_cpu_path() { return tdro::cpu_path(); }
@@ -202,9 +239,13 @@ STABLE_TORCH_LIBRARY(tdro_hpc, library) {
   library.def("infonce_forward_backward(Tensor queries, Tensor documents, Tensor positives, Tensor row_weights, "
               "Tensor temperature, " MASKS ") -> (Tensor, Tensor, Tensor)");
   library.def("infonce_losses(Tensor queries, Tensor documents, Tensor positives, Tensor temperature, " MASKS
-              ", bool keep) -> (Tensor, Tensor, Tensor)");
+              ", int workspace) -> (Tensor, Tensor, Tensor)");
   library.def("infonce_losses_backward(Tensor queries, Tensor documents, Tensor positives, Tensor temperature, " MASKS
-              ", Tensor losses, Tensor positive_scores, Tensor kept, Tensor row_weights) -> (Tensor, Tensor)");
+              ", Tensor losses, Tensor positive_scores, Tensor kept, Tensor row_weights, bool of_queries, "
+              "bool of_documents) -> (Tensor, Tensor)");
+  library.def("infonce_gradients(Tensor queries, Tensor documents, Tensor positives, Tensor temperature, " MASKS
+              ", Tensor row_weights, int workspace, bool of_queries, bool of_documents) "
+              "-> (Tensor, Tensor, Tensor, Tensor)");
   library.def("infonce_cpu_path() -> str");
 }
 
@@ -214,6 +255,7 @@ STABLE_TORCH_LIBRARY_IMPL(tdro_hpc, CPU, library) {
   library.impl("infonce_forward_backward", TORCH_BOX(&infonce_forward_backward));
   library.impl("infonce_losses", TORCH_BOX(&infonce_losses));
   library.impl("infonce_losses_backward", TORCH_BOX(&infonce_losses_backward));
+  library.impl("infonce_gradients", TORCH_BOX(&infonce_gradients));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tdro_hpc, CompositeExplicitAutograd, library) {

@@ -1,5 +1,7 @@
 #include "buffer.h"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -8,7 +10,7 @@
 namespace tdro {
 namespace {
 
-constexpr size_t KEPT_BYTES = 8 << 20, PAGE = 4096;
+constexpr size_t KEPT_BYTES = 8 << 20, PAGE = 4096, LARGE_PAGE = 2 << 20;
 
 struct Kept {
   void* memory;
@@ -27,6 +29,12 @@ Store& store() {
 }
 
 }  // namespace
+
+void prefer_large_pages(void* memory, size_t bytes) {
+  const size_t start = (reinterpret_cast<size_t>(memory) + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+  const size_t end = (reinterpret_cast<size_t>(memory) + bytes) / LARGE_PAGE * LARGE_PAGE;
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);  // a hint: it may fail
+}
 
 void* acquire(size_t bytes, size_t* held) {
   const size_t wanted = (bytes + PAGE - 1) / PAGE * PAGE;
@@ -48,6 +56,7 @@ void* acquire(size_t bytes, size_t* held) {
   }
   void* memory = std::aligned_alloc(64, wanted);
   if (!memory) throw std::bad_alloc();
+  prefer_large_pages(memory, wanted);
   *held = wanted;
   return memory;
 }

@@ -6,6 +6,9 @@
 
 namespace tdro {
 
+// Tells the system that large memory, not yet touched, may lie on large pages: fewer of them have to be made and found.
+void prefer_large_pages(void* memory, size_t bytes);
+
 // Memory that was given back is kept for the next call, up to a few megabytes: fresh pages cost more than small products.
 void* acquire(size_t bytes, size_t* held);
 void release(void* memory, size_t held);

@@ -12,9 +12,8 @@
 namespace tdro {
 namespace {
 
-constexpr int64_t WORKSPACE_BYTES = 15 << 20;  // at least so much may be used beside the results
-constexpr int64_t SMALL_GROUP = 1 << 24;       // multiply-adds: below, whole groups are spread over the threads
-constexpr int64_t SMALL_AT_ONCE = 16;          // by so many threads, of which the bits must not depend
+constexpr int64_t SMALL_GROUP = 1 << 24;  // multiply-adds: below, whole groups are spread over the threads
+constexpr int64_t SMALL_AT_ONCE = 16;     // by so many threads, of which the bits must not depend
 
 const TileKernels& float_kernels() {
   for (const TileKernels* found : {kernels_avx512(), kernels_avx2()})
@@ -46,10 +45,12 @@ void add_positives_elsewhere(const Call& call, const float* positive_factors) {
     const int32_t group = call.groups.group_of_row[i];
     if (group >= 0 && call.groups.place(column, group) >= 0) continue;
     const float factor = positive_factors[i] / problem.temperature;
-    read_row(documents, column, row.data());
-    for (int64_t k = 0; k < problem.width; ++k) call.query_gradient[i * problem.width + k] += factor * row[k];
-    read_row(queries, i, row.data());
-    for (int64_t k = 0; k < problem.width; ++k) call.document_gradient[column * problem.width + k] += factor * row[k];
+    const auto add = [&](const Rows& side, int64_t place, float* gradient) {
+      read_row(side, place, row.data());
+      for (int64_t k = 0; k < problem.width; ++k) gradient[k] += factor * row[k];
+    };
+    if (call.query_gradient) add(documents, column, call.query_gradient + i * problem.width);
+    if (call.document_gradient) add(queries, i, call.document_gradient + column * problem.width);
   }
 }
 
@@ -58,10 +59,10 @@ void clear_gradients(const Call& call) {
   const Problem& problem = call.problem;
   const size_t bytes = problem.width * sizeof(float);
   const bool none = call.groups.groups.empty();
-  for (int64_t i = 0; i < problem.rows; ++i)
+  for (int64_t i = 0; call.query_gradient && i < problem.rows; ++i)
     if (none || (!call.groups.group_of_row.empty() && call.groups.group_of_row[i] < 0))
       std::memset(call.query_gradient + i * problem.width, 0, bytes);
-  for (int64_t c = 0; c < problem.columns; ++c)
+  for (int64_t c = 0; call.document_gradient && c < problem.columns; ++c)
     if (none || (!call.groups.group_of_column.empty() && call.groups.group_of_column[c] < 0))
       std::memset(call.document_gradient + c * problem.width, 0, bytes);
 }
@@ -80,25 +81,20 @@ struct KeptRoom {
   }
 };
 
-// Bytes that a call may use beside its results, about.
-int64_t workspace_of(const Problem& problem) {
-  return std::max(WORKSPACE_BYTES, problem.width * (problem.rows + problem.columns) - (1 << 20));
-}
-
 // Floats that a forward may keep, so that they and the memory of its backward fit the workspace.
 int64_t floats_to_keep(const Call& call) {
   int64_t wanted = 0, own = 0;
   for (const Group& group : call.groups.groups) {
-    const Sizes sizes = sizes_of(group, call, workspace_of(call.problem));
+    const Sizes sizes = sizes_of(group, call, call.problem.workspace);
     wanted += (group.rows.count + sizes.panel_rows - 1) / sizes.panel_rows * kept_floats_of(group, sizes);
     own = std::max(own, own_floats_of(group, sizes, call.problem.width));
   }
-  return std::clamp<int64_t>(workspace_of(call.problem) / 4 - own, 0, wanted);
+  return std::clamp<int64_t>(call.problem.workspace / 4 - own, 0, wanted);
 }
 
 void run_groups(const Call& call, const Parallel& parallel, KeptRoom room = {}) {
   const Problem& problem = call.problem;
-  const int64_t workspace = workspace_of(problem);
+  const int64_t workspace = problem.workspace;
   struct Small {
     int32_t group;
     Sizes sizes;

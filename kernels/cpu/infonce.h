@@ -32,12 +32,15 @@ struct Problem {
   bool has_margin;
   float margin;                 // columns above q . positive - margin are no negatives
   const float* log_weights;     // [columns] or null
+  int64_t workspace;            // bytes that may be used beside the results, about: more of them save work
 };
 
 // logsumexp over N_i, and with column_negatives over the rows that have a column as a negative. -inf = none.
 void forward(const Problem& problem, const Parallel& parallel, const float* positive_scores, float* row_negatives,
              float* column_negatives);
 
+// Either gradient may be null in all that follows: it is not computed.
+//
 // Gradients of all pairs (i, c): P_ic = row_factors_i exp(s_ic - row_totals_i) [+ the same by columns], and
 // positive_factors_i at the positive; query_gradient = P D / T, document_gradient = P^T Q / T.
 struct Shares {

@@ -25,10 +25,11 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
       kept_outside_(kept),
       dims_(blocks_of(problem_.width)),
       tiles_((group_.columns.count + sizes.tile_columns - 1) / sizes.tile_columns),
-      gradients_(call.query_gradient != nullptr) {
+      of_queries_(call.query_gradient != nullptr),
+      of_documents_(call.document_gradient != nullptr) {
   const int64_t lanes = sizes.panel_rows, packed = lanes * dims_ * (kernels_.pairs ? LANES / 2 : LANES);
   transposed_.reset(packed);
-  if (gradients_) by_dimension_.reset(packed);
+  if (of_documents_) by_dimension_.reset(packed);
   for (Buffer<float>* rows : {&totals_, &factors_, &positive_factors_, &limits_}) rows->reset(lanes);
   positive_ids_.reset(lanes);
   known_ids_.reset(lanes * problem_.known);
@@ -36,7 +37,7 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
   strip_highest_.reset(sizes.strips * lanes);
   strip_sums_.reset(sizes.strips * lanes);
   if (sizes.keep) kept_inside_.reset(kept_floats_of(group_, sizes));
-  if (gradients_) query_parts_.reset(sizes.strips * lanes * dims_ * LANES);
+  if (of_queries_) query_parts_.reset(sizes.strips * lanes * dims_ * LANES);
   if (call.column_negatives) {
     column_highest_.reset(group_.columns.count);
     column_sums_.reset(group_.columns.count);
@@ -56,9 +57,9 @@ void GroupRun::run() {
       parallel_.run(sizes_.strips, [&](int64_t strip, int thread) { statistics_of_strip(strip, scratch_[thread]); });
       merge_strips();
     }
-    if (gradients_) {
+    if (of_queries_ || of_documents_) {
       parallel_.run(sizes_.strips, [&](int64_t strip, int thread) { gradients_of_strip(strip, scratch_[thread]); });
-      end_panel();
+      if (of_queries_) end_panel();
     }
   }
   if (call_.column_negatives) end_columns();
@@ -104,11 +105,11 @@ void GroupRun::pack_rows() {
     const bool scores_follow = !call_.shares || !kept_;
     if (kernels_.pairs) {
       if (scores_follow) pack_transposed_pairs(rows, &transposed_[block * ((problem_.width + 1) / 2) * LANES]);
-      if (gradients_) pack_row_pairs(rows, (rows_ + 1) / 2, &by_dimension_[block * LANES / 2 * LANES]);
+      if (of_documents_) pack_row_pairs(rows, (rows_ + 1) / 2, &by_dimension_[block * LANES / 2 * LANES]);
     } else {
       if (scores_follow)
         pack_transposed(rows, reinterpret_cast<float*>(&transposed_[block * problem_.width * LANES]));
-      if (gradients_) pack_lanes(rows, rows_, reinterpret_cast<float*>(&by_dimension_[block * LANES * LANES]));
+      if (of_documents_) pack_lanes(rows, rows_, reinterpret_cast<float*>(&by_dimension_[block * LANES * LANES]));
     }
   });
 }
@@ -131,7 +132,7 @@ void GroupRun::pack_documents(const Tile& tile, bool for_gradient) const {
   }
   const bool scores_follow = !for_gradient || (!second && (!kept_ || sizes_.hold));
   if (scores_follow) pack_lane_pairs(rows, tile.padded, tile.documents.for_scores.data());
-  if (for_gradient) pack_row_pairs(rows, tile.padded / 2, tile.documents.pairs_for_queries.data());
+  if (for_gradient && of_queries_) pack_row_pairs(rows, tile.padded / 2, tile.documents.pairs_for_queries.data());
 }
 
 // Sums of q . d, for which the positives' own columns and the padding are taken out at once.

@@ -24,8 +24,8 @@ struct Call {
   float* column_negatives = nullptr;  // [columns] or null
   // backward
   const Shares* shares = nullptr;
-  float* query_gradient = nullptr;     // [rows, width]
-  float* document_gradient = nullptr;  // [columns, width]
+  float* query_gradient = nullptr;     // [rows, width] or null
+  float* document_gradient = nullptr;  // [columns, width] or null
   // forward and backward in one
   const float* row_weights = nullptr;  // [rows]
   float* losses = nullptr;             // [rows]; also of a forward whose weights come later

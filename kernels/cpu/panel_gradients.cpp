@@ -49,8 +49,9 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
   const void* documents = tile.documents.for_scores.data();
   int64_t column_steps = tile.padded, row_steps = rows_, block_lanes = LANES;
   if (kernels_.pairs) {
-    kernels_.lane_pairs(scratch.scores.data(), scratch.share_lanes.data(), row_blocks_ * tile.padded);
-    for (int64_t block = 0; block < row_blocks_; ++block)
+    if (of_documents_)
+      kernels_.lane_pairs(scratch.scores.data(), scratch.share_lanes.data(), row_blocks_ * tile.padded);
+    for (int64_t block = 0; of_queries_ && block < row_blocks_; ++block)
       kernels_.row_pairs(&scratch.scores[block * tile.padded * LANES],
                          &scratch.share_rows[block * tile.padded / 2 * LANES], tile.padded,
                          &strip_sums_[strip * lanes_ + block * LANES]);
@@ -62,10 +63,11 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
   float* parts = &query_parts_[strip * lanes_ * dims_ * LANES];
   for (int64_t dim = 0; dim < dims_; ++dim) {
     const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
-    for (int64_t block = 0; block < row_blocks_; ++block)
+    for (int64_t block = 0; of_queries_ && block < row_blocks_; ++block)
       kernels_.product_lanes({std::min<int64_t>(LANES, rows_ - block * LANES), column_steps,
                               shares + block * column_steps * LANES, 0, packed + dim * column_steps * LANES,
                               parts + (dim * lanes_ + block * LANES) * LANES, LANES, !first});
+    if (!of_documents_) continue;
     Product product{tile.count, row_steps, by_lane, tile.padded * block_lanes,
                     &by_dimension_[dim * row_steps * LANES], scratch.gradient.data(), LANES, false};
     if (!group_.columns.index && width == LANES) {  // straight to where it belongs

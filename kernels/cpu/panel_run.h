@@ -79,7 +79,7 @@ class GroupRun {
   const Parallel& parallel_;
   const Kept kept_outside_;
   const int64_t dims_, tiles_;  // blocks of dimensions; tiles of columns
-  const bool gradients_;
+  const bool of_queries_, of_documents_;  // whose gradients are asked for
   int64_t first_ = 0, rows_ = 0, row_blocks_ = 0, lanes_ = 0;  // of the panel; lanes = row blocks * 32
 
   Buffer<uint32_t> transposed_, by_dimension_;  // the panel's queries, packed for the scores and for dD

@@ -48,20 +48,6 @@ def forward(*arguments: Argument) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.tdro_hpc.infonce_forward.default(*arguments)
 
 
-def losses(*arguments: Argument) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [rows], positive_scores [rows], and what was kept of the scores: on the host, and not for torch.compile.
-
-    arguments   those of forward_backward without row_weights, and whether losses_backward follows: then as many
-                exponentials are kept as the memory of a call allows, and their scores are not computed again
-    """
-    return torch.ops.tdro_hpc.infonce_losses.default(*arguments)
-
-
-def losses_backward(*arguments: Argument) -> tuple[Tensor, Tensor]:
-    """Gradients of the weighted sum of losses: the arguments are those of `losses`, its results, and row_weights."""
-    return torch.ops.tdro_hpc.infonce_losses_backward.default(*arguments)
-
-
 def backward(*arguments: Argument) -> tuple[Tensor, Tensor]:
     """Gradients of queries and documents: see torch_core.backward."""
     return torch.ops.tdro_hpc.infonce_backward.default(*arguments)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from tdro_hpc.config.schema import LOSS_IMPLEMENTATIONS
-from tdro_hpc.losses import fused, torch_core, torch_ops
+from tdro_hpc.losses import fused, host, torch_core, torch_ops
 from tdro_hpc.losses.arguments import Arguments, checked_arguments, checked_row_weights, refuse_positives_outside
 from tdro_hpc.losses.tiles import groups_on_host
 from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, add_rows
@@ -38,6 +38,7 @@ def grouped_infonce(
     column_weights: Tensor | None = None,
     symmetric: bool = False,
     implementation: str = "auto",
+    workspace_mb: int = 16,
 ) -> Tensor:
     """Loss of every row: -log of the share that its positive has in the softmax over its columns.
 
@@ -53,6 +54,8 @@ def grouped_infonce(
     symmetric                    true = mean of this loss and that of the row's positive against all rows it is a
                                  negative of
     implementation               fused = the compiled library, torch = plain torch, auto = fused where it serves
+    workspace_mb                 what the library may use on a CPU beside the two gradients, in MiB; a quarter of their
+                                 size if that is more. With more it computes fewer scores twice
     returns                      [rows] float32 (float64 for float64 inputs), nats; differentiable once
     raises                       ValueError for wrong shapes, types, devices, indices, a temperature <= 0, or
                                  implementation="fused" without the library
@@ -73,7 +76,7 @@ def grouped_infonce(
             symmetric,
         )
         use_fused = fused_serves(implementation, arguments.queries.dtype, queries.device.type)
-        return _row_losses(arguments, symmetric, use_fused)
+        return _row_losses(arguments, symmetric, use_fused, workspace_mb)
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
         raise
@@ -95,6 +98,7 @@ def weighted_infonce(
     column_weights: Tensor | None = None,
     symmetric: bool = False,
     implementation: str = "auto",
+    workspace_mb: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """sum(row_weights * losses), and the losses of grouped_infonce: less work where the weights are known beforehand.
 
@@ -121,19 +125,35 @@ def weighted_infonce(
         weights = checked_row_weights(row_weights, arguments.queries)
         use_fused = fused_serves(implementation, arguments.queries.dtype, queries.device.type)
         if _differentiated(arguments) and not symmetric:
-            return _WeightedInfoNCE.apply(*arguments[:3], weights, arguments, use_fused)
-        losses = _row_losses(arguments, symmetric, use_fused)
+            return _WeightedInfoNCE.apply(*arguments[:3], weights, arguments, use_fused, workspace_mb)
+        losses = _row_losses(arguments, symmetric, use_fused, workspace_mb)
         return (weights * losses).sum(), losses.detach()
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
         raise
 
 
-def _row_losses(arguments: Arguments, symmetric: bool, use_fused: bool) -> Tensor:
-    on_host = arguments.queries.device.type == "cpu"
-    if use_fused and not symmetric and on_host and not torch.compiler.is_compiling():
-        return _KeptInfoNCE.apply(*arguments[:3], arguments, _differentiated(arguments))
+def _row_losses(arguments: Arguments, symmetric: bool, use_fused: bool, workspace_mb: int) -> Tensor:
+    if not symmetric and _on_host(arguments.queries, use_fused):
+        return _KeptInfoNCE.apply(*arguments[:3], arguments, _differentiated(arguments), workspace_mb)
     return _GroupedInfoNCE.apply(*arguments[:3], arguments, symmetric, use_fused)
+
+
+def _on_host(queries: Tensor, use_fused: bool) -> bool:
+    """Whether host.py computes the loss. A compiler knows the operators that do without its room only."""
+    return use_fused and queries.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _problem_of(arguments: Arguments) -> host.Problem:
+    *masks, log_weights, margin = arguments[4:]
+    queries, documents, temperature, positives = arguments[:4]
+    return host.Problem(queries, documents, positives, temperature, *masks, margin, log_weights)
+
+
+def _sides(ctx: Any) -> host.Sides:
+    """Whose gradients are asked for. That of the temperature is found from that of the queries."""
+    of_queries, of_documents, of_temperature = ctx.needs_input_grad[:3]
+    return of_queries or of_temperature, of_documents
 
 
 def _differentiated(arguments: Arguments) -> bool:
@@ -214,23 +234,30 @@ class _KeptInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, documents: Tensor, temperature: Tensor, arguments: Arguments, keep: bool
+        ctx: Any,
+        queries: Tensor,
+        documents: Tensor,
+        temperature: Tensor,
+        arguments: Arguments,
+        keep: bool,
+        workspace_mb: int,
     ) -> Tensor:
-        *masks, log_weights, margin = arguments[4:]
-        problem = queries, documents, arguments.positives, temperature, *masks
-        losses, *kept = fused.losses(*problem, margin, log_weights, keep)
-        ctx.save_for_backward(*problem, log_weights, losses.clone(), *kept)  # the caller may change the losses
-        ctx.margin = margin
+        problem = _problem_of(arguments)
+        room = host.room_of(problem, workspace_mb)
+        losses, *kept = host.losses(problem, room, keep)
+        ctx.margin, ctx.room = problem.margin, room
+        tensors = problem._replace(margin=None)
+        ctx.save_for_backward(*tensors, losses.clone(), *kept)  # the caller may change the losses
         return losses
 
     @staticmethod
     @_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *problem, log_weights, losses, positive_scores, kept = ctx.saved_tensors
-        results = losses, positive_scores, kept, upstream.contiguous()
-        gradients = list(fused.losses_backward(*problem, ctx.margin, log_weights, *results))
-        queries, documents, _, temperature = problem[:4]
-        return *_gradients(ctx, queries, documents, temperature, gradients), None, None
+        *tensors, losses, positive_scores, kept = ctx.saved_tensors
+        problem = host.Problem(*tensors)._replace(margin=ctx.margin)
+        found = losses, positive_scores, kept
+        gradients = host.losses_backward(problem, found, upstream.contiguous(), ctx.room, _sides(ctx))
+        return *_gradients(ctx, problem.queries, problem.documents, problem.temperature, gradients), None, None, None
 
 
 class _WeightedInfoNCE(torch.autograd.Function):
@@ -245,17 +272,13 @@ class _WeightedInfoNCE(torch.autograd.Function):
         row_weights: Tensor,
         arguments: Arguments,
         use_fused: bool,
+        workspace_mb: int,
     ) -> tuple[Tensor, Tensor]:
-        groups = groups_on_host(arguments.query_group, arguments.document_group)
-        ids = arguments.column_ids, arguments.positive_ids, arguments.known_ids
-        masks = *groups, *ids, arguments.margin, arguments.log_weights
-        losses, *gradients = core_of(use_fused).forward_backward(
-            queries, documents, arguments.positives, row_weights, temperature, *masks
-        )
+        problem = _problem_of(arguments)
+        ctx.options = problem.margin, use_fused, workspace_mb
+        losses, gradients = _weighted(ctx, problem, row_weights)
         of_weights = losses.clone() if ctx.needs_input_grad[3] else None
-        problem = queries, documents, arguments.positives, row_weights, temperature, *groups, *ids
-        ctx.save_for_backward(*problem, arguments.log_weights, of_weights)
-        ctx.options = arguments.margin, use_fused
+        ctx.save_for_backward(*problem._replace(margin=None), row_weights, of_weights)
         # Not among the saved tensors: those are held until backward has returned, so its receiver would copy them.
         ctx.gradients = gradients
         ctx.mark_non_differentiable(losses)
@@ -266,17 +289,30 @@ class _WeightedInfoNCE(torch.autograd.Function):
     @_once
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:  # nothing was asked of the total
-            return (None,) * 6
-        *problem, log_weights, of_weights = ctx.saved_tensors
-        margin, use_fused = ctx.options
+            return (None,) * 7
+        *tensors, row_weights, of_weights = ctx.saved_tensors
+        problem = host.Problem(*tensors)._replace(margin=ctx.options[0])
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # the graph was kept, and the gradients of the first backward are the caller's
-            _, *gradients = core_of(use_fused).forward_backward(*problem, margin, log_weights)
+            _, gradients = _weighted(ctx, problem, row_weights)
         if not _is_one(upstream):
             gradients = [gradient.mul_(upstream) for gradient in gradients]
-        queries, documents, _, _, temperature = problem[:5]
         weights_gradient = None if of_weights is None else upstream * of_weights
-        return *_gradients(ctx, queries, documents, temperature, gradients), weights_gradient, None, None
+        of_inputs = _gradients(ctx, problem.queries, problem.documents, problem.temperature, gradients)
+        return *of_inputs, weights_gradient, None, None, None
+
+
+def _weighted(ctx: Any, problem: host.Problem, row_weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Losses, and the gradients [of queries, of documents] of their weighted sum."""
+    _, use_fused, workspace_mb = ctx.options
+    if _on_host(problem.queries, use_fused):
+        return host.forward_backward(problem, row_weights, host.room_of(problem, workspace_mb), _sides(ctx))
+    queries, documents, positives, temperature, query_group, document_group, *rest = problem
+    groups = groups_on_host(query_group, document_group)
+    losses, *gradients = core_of(use_fused).forward_backward(
+        queries, documents, positives, row_weights, temperature, *groups, *rest
+    )
+    return losses, gradients
 
 
 def _gradients(
@@ -289,7 +325,8 @@ def _gradients(
     for_queries, for_documents, for_temperature = ctx.needs_input_grad[:3]
     of_temperature = None
     if for_temperature:  # a score is q . d / temperature: what a factor common to all queries would get
-        of_temperature = (-(queries * gradients[0]).sum() / temperature).to(temperature.device)
+        product = (queries * gradients[0]).sum(dtype=temperature.dtype)
+        of_temperature = (-product / temperature).to(temperature.device)
     of_documents = _last(gradients, documents.dtype if for_documents else None)
     of_queries = _last(gradients, queries.dtype if for_queries else None)
     return of_queries, of_documents, of_temperature

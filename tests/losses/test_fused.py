@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tdro_hpc.losses import fused, grouped_infonce, infonce, torch_core, torch_ops, weighted_infonce
+from tdro_hpc.losses import fused, host, grouped_infonce, infonce, torch_core, torch_ops, weighted_infonce
 from tdro_hpc.losses.library import Library, load
 from tests.reference.loss_cases import (
     IMPLEMENTATIONS,
@@ -78,8 +78,8 @@ def test_a_library_without_kernels_for_a_device_says_so(monkeypatch):
 @needs_library
 def test_auto_takes_the_library_where_it_serves(monkeypatch):
     called = []
-    plain = fused.losses
-    monkeypatch.setattr(fused, "losses", lambda *arguments: called.append(1) or plain(*arguments))
+    plain = host.losses
+    monkeypatch.setattr(host, "losses", lambda *arguments: called.append(1) or plain(*arguments))
     example()
     assert called == [1]
     grouped_infonce(torch.eye(2).double(), torch.eye(2).double(), torch.arange(2), temperature=0.5)
@@ -191,17 +191,17 @@ def test_what_is_kept_of_the_scores_changes_no_gradient(dtype, width, num_groups
     keys = {"temperature": 0.05, "implementation": "fused"}
     if num_groups is not None:
         keys |= {"query_group": torch.arange(600) % num_groups, "document_group": torch.arange(7800) % num_groups}
-    plain, kept_floats = fused.losses, []
+    plain, kept_floats = host.losses, []
 
     def noted(*arguments):
         results = plain(*arguments)
         kept_floats.append(results[2].numel())
         return results
 
-    monkeypatch.setattr(fused, "losses", noted)
+    monkeypatch.setattr(host, "losses", noted)
     found = values_and_gradients(grouped_infonce, *inputs, **keys)
     assert 0 < kept_floats[0] <= 2**22 and (num_groups is not None or kept_floats[0] < 600 * 7800)
-    monkeypatch.setattr(fused, "losses", lambda *arguments: plain(*arguments[:-1], False))
+    monkeypatch.setattr(host, "losses", lambda *arguments: plain(*arguments[:-1], False))
     again = values_and_gradients(grouped_infonce, *inputs, **keys)
     assert torch.equal(found[0], again[0])
     rounding = 1e-2 if dtype == torch.bfloat16 else 1e-5
@@ -210,14 +210,14 @@ def test_what_is_kept_of_the_scores_changes_no_gradient(dtype, width, num_groups
 
 @needs_library
 def test_nothing_is_kept_where_no_gradient_follows(monkeypatch):
-    plain, kept_floats = fused.losses, []
+    plain, kept_floats = host.losses, []
 
     def noted(*arguments):
         results = plain(*arguments)
         kept_floats.append(results[2].numel())
         return results
 
-    monkeypatch.setattr(fused, "losses", noted)
+    monkeypatch.setattr(host, "losses", noted)
     with torch.no_grad():
         grouped_infonce(torch.eye(2, requires_grad=True), torch.eye(2), torch.arange(2), temperature=0.5)
     example()

@@ -1,0 +1,146 @@
+"""The compiled library on the host, within the memory that a call may use beside its gradients (its room).
+
+Gradients of float32 embeddings are what the library gives. Those of half precision are summed in float32 first. Where
+the sums fit the room they are formed in one go; else those of a few queries at a time over all documents, then those of
+a few documents at a time over all queries, which costs each score once more.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Sides = tuple[bool, bool]  # whether the gradients of the queries, of the documents are asked for
+MEGABYTE = 1 << 20
+
+
+class Problem(NamedTuple):
+    """What the operators take first, in their order; the shapes are those of torch_core.forward."""
+
+    queries: Tensor
+    documents: Tensor
+    positives: Tensor
+    temperature: Tensor
+    query_group: Tensor | None
+    document_group: Tensor | None
+    column_ids: Tensor | None
+    positive_ids: Tensor | None
+    known_ids: Tensor | None
+    margin: float | None
+    log_weights: Tensor | None
+
+    def of_rows(self, part: slice) -> "Problem":
+        """The same with some of the rows."""
+        return self._replace(
+            queries=self.queries[part],
+            positives=self.positives[part],
+            query_group=_part(self.query_group, part),
+            positive_ids=_part(self.positive_ids, part),
+            known_ids=_part(self.known_ids, part),
+        )
+
+    def of_columns(self, part: slice) -> "Problem":
+        """The same with some of the columns; most positives are not among them then."""
+        return self._replace(
+            documents=self.documents[part],
+            positives=self.positives - part.start,
+            document_group=_part(self.document_group, part),
+            column_ids=_part(self.column_ids, part),
+            log_weights=_part(self.log_weights, part),
+        )
+
+
+def room_of(problem: Problem, workspace_mb: int) -> int:
+    """Bytes that a call may use beside its gradients: what is allowed, or a quarter of the gradients if that is more."""
+    return max(workspace_mb * MEGABYTE, (problem.queries.nbytes + problem.documents.nbytes) // 4)
+
+
+def losses(problem: Problem, room: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [rows], scores of the positives [rows], and what was kept of the exponentials for losses_backward.
+
+    keep   whether that follows: as much is kept as the room allows, and those scores are not computed again
+    """
+    left = room - _bytes_of_sums(problem, (True, True)) if keep else 0
+    return torch.ops.tdro_hpc.infonce_losses.default(*problem, max(left, 0))
+
+
+def losses_backward(
+    problem: Problem, found: tuple[Tensor, Tensor, Tensor], row_weights: Tensor, room: int, sides: Sides
+) -> list[Tensor]:
+    """Gradients [of queries, of documents] of sum(row_weights * losses) after `losses`, which gave `found`.
+
+    returns   each in the type of the embeddings, empty where it is not asked for
+    """
+    if _bytes_of_sums(problem, sides) <= room:
+        gradients = torch.ops.tdro_hpc.infonce_losses_backward.default(*problem, *found, row_weights, *sides)
+        return _in_type(list(gradients), problem.queries.dtype)
+    row_losses, scores, _ = found
+    of_queries = problem.queries.new_empty(problem.queries.shape if sides[0] else (0,))
+    for part in _parts(of_queries, room):
+        of_queries[part] = _of_part(problem.of_rows(part), row_losses[part], scores[part], row_weights[part], 0)
+    return [of_queries, _documents_by_parts(problem, row_losses, scores, row_weights, room, sides)]
+
+
+def forward_backward(
+    problem: Problem, row_weights: Tensor, room: int, sides: Sides
+) -> tuple[Tensor, list[Tensor]]:
+    """Losses [rows], and the gradients of sum(row_weights * losses) as losses_backward gives them, with fewer products."""
+    operator = torch.ops.tdro_hpc.infonce_gradients.default
+    sums = _bytes_of_sums(problem, sides)
+    if sums <= room:
+        row_losses, _, *gradients = operator(*problem, row_weights, room - sums // 2, *sides)
+        return row_losses, _in_type(gradients, problem.queries.dtype)
+    row_losses, scores = torch.empty_like(row_weights), torch.empty_like(row_weights)
+    of_queries = problem.queries.new_empty(problem.queries.shape if sides[0] else (0,))
+    for part in _parts(problem.queries, room):
+        found = operator(*problem.of_rows(part), row_weights[part], room // 2, sides[0], False)
+        row_losses[part], scores[part] = found[:2]
+        if sides[0]:
+            of_queries[part] = found[2]
+    return row_losses, [of_queries, _documents_by_parts(problem, row_losses, scores, row_weights, room, sides)]
+
+
+def _documents_by_parts(
+    problem: Problem, row_losses: Tensor, scores: Tensor, row_weights: Tensor, room: int, sides: Sides
+) -> Tensor:
+    of_documents = problem.documents.new_empty(problem.documents.shape if sides[1] else (0,))
+    for part in _parts(of_documents, room):
+        of_documents[part] = _of_part(problem.of_columns(part), row_losses, scores, row_weights, 1)
+    return of_documents
+
+
+def _of_part(problem: Problem, row_losses: Tensor, scores: Tensor, row_weights: Tensor, side: int) -> Tensor:
+    """The float32 gradient of one side of a part."""
+    found = row_losses, scores, row_losses.new_empty(0)
+    operator = torch.ops.tdro_hpc.infonce_losses_backward.default
+    return operator(*problem, *found, row_weights, side == 0, side == 1)[side]
+
+
+def _parts(embeddings: Tensor, room: int) -> Iterator[slice]:
+    """Parts whose float32 gradients take a quarter of the room, in blocks of the library's panels and tiles."""
+    if len(embeddings) == 0:
+        return
+    fitting = room // 4 // max(4 * embeddings.shape[1], 1)
+    size = max(fitting // 768 * 768, 256)
+    for start in range(0, len(embeddings), size):
+        yield slice(start, min(start + size, len(embeddings)))
+
+
+def _bytes_of_sums(problem: Problem, sides: Sides) -> int:
+    """Memory of float32 sums beside the gradients; 0 where the sums are the gradients."""
+    if problem.queries.dtype == torch.float32:
+        return 0
+    return 4 * (problem.queries.numel() * sides[0] + problem.documents.numel() * sides[1])
+
+
+def _in_type(gradients: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Gradients in a type. Empties the list, so that float32 sums are freed one by one."""
+    if dtype == torch.float32:
+        return gradients
+    of_documents = gradients.pop().to(dtype)
+    return [gradients.pop().to(dtype), of_documents]
+
+
+def _part(values: Tensor | None, part: slice) -> Tensor | None:
+    return None if values is None else values[part]
