@@ -181,6 +181,7 @@ class LossConfig:
     false_negative_margin: float | None = None  # columns scoring above positive - margin do not count; in cosine units
     implementation: str = "auto"  # auto = compiled kernels where they are built, else torch; fused, torch
     ring_above_mb: int = 2048  # columns of all ranks above this many MB go round the ranks, else each rank gets all
+    workspace_mb: int = 16  # the compiled loss on CPUs may use this beside its gradients; with more it repeats less
     gradient_cache: bool = False  # embed in chunks, exact gradients, memory of one chunk
     chunk_tokens: int = 4096  # tokens of one chunk under gradient_cache, padding included; at least one text
 
@@ -188,6 +189,7 @@ class LossConfig:
         require(
             one_of("loss.implementation", self.implementation, LOSS_IMPLEMENTATIONS)
             + at_least("loss.ring_above_mb", self.ring_above_mb, 0, "2048; 0 = always")
+            + at_least("loss.workspace_mb", self.workspace_mb, 1, "16 to 1024")
             + at_least("loss.chunk_tokens", self.chunk_tokens, 1, "2048 to 65536")
         )
 

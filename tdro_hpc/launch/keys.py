@@ -21,6 +21,7 @@ _NO_EFFECT = {
     "export.private",  # of a repository that is made by the push, not of the files
     "loss.implementation",
     "loss.ring_above_mb",
+    "loss.workspace_mb",
     "model.gradient_checkpointing",
     "s2.weights",  # the choice is in the stage's name
 }

@@ -132,7 +132,8 @@ def _checked_temperature(temperature: float | Tensor, queries: Tensor) -> Tensor
     """The temperature as a tensor []; on the host, or where the embeddings are."""
     dtype = _dtype_of_sums(queries)
     if not isinstance(temperature, Tensor):
-        _check_temperature(temperature)
+        if not torch.compiler.is_compiling():  # where a number may stand for any
+            _check_temperature(temperature)
         return torch.full((), temperature, dtype=dtype)
     if temperature.ndim != 0 or not temperature.dtype.is_floating_point:
         raise ValueError(

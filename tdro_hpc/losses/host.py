@@ -52,7 +52,7 @@ class Problem(NamedTuple):
 
 
 def room_of(problem: Problem, workspace_mb: int) -> int:
-    """Bytes that a call may use beside its gradients: what is allowed, or a quarter of the gradients if that is more."""
+    """Bytes that a call may use beside its gradients: what is allowed, or a quarter of the gradients if more."""
     return max(workspace_mb * MEGABYTE, (problem.queries.nbytes + problem.documents.nbytes) // 4)
 
 
@@ -82,10 +82,8 @@ def losses_backward(
     return [of_queries, _documents_by_parts(problem, row_losses, scores, row_weights, room, sides)]
 
 
-def forward_backward(
-    problem: Problem, row_weights: Tensor, room: int, sides: Sides
-) -> tuple[Tensor, list[Tensor]]:
-    """Losses [rows], and the gradients of sum(row_weights * losses) as losses_backward gives them, with fewer products."""
+def forward_backward(problem: Problem, row_weights: Tensor, room: int, sides: Sides) -> tuple[Tensor, list[Tensor]]:
+    """Losses [rows], and gradients like those of losses_backward after `losses`, with fewer products."""
     operator = torch.ops.tdro_hpc.infonce_gradients.default
     sums = _bytes_of_sums(problem, sides)
     if sums <= room:

@@ -145,9 +145,10 @@ def _on_host(queries: Tensor, use_fused: bool) -> bool:
 
 
 def _problem_of(arguments: Arguments) -> host.Problem:
-    *masks, log_weights, margin = arguments[4:]
-    queries, documents, temperature, positives = arguments[:4]
-    return host.Problem(queries, documents, positives, temperature, *masks, margin, log_weights)
+    queries, documents, temperature, positives, *masks, log_weights, margin = arguments
+    query_group, document_group, column_ids, positive_ids, known_ids = masks
+    sides = queries, documents, positives, temperature
+    return host.Problem(*sides, query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights)
 
 
 def _sides(ctx: Any) -> host.Sides:
@@ -324,12 +325,17 @@ def _gradients(
     """
     for_queries, for_documents, for_temperature = ctx.needs_input_grad[:3]
     of_temperature = None
-    if for_temperature:  # a score is q . d / temperature: what a factor common to all queries would get
-        product = (queries * gradients[0]).sum(dtype=temperature.dtype)
-        of_temperature = (-product / temperature).to(temperature.device)
+    if for_temperature:
+        of_temperature = temperature_gradient(queries, gradients[0], temperature)
     of_documents = _last(gradients, documents.dtype if for_documents else None)
     of_queries = _last(gradients, queries.dtype if for_queries else None)
     return of_queries, of_documents, of_temperature
+
+
+def temperature_gradient(queries: Tensor, of_queries: Tensor, temperature: Tensor) -> Tensor:
+    """From that of the queries: a score is q . d / temperature, so it is what a factor common to them would get."""
+    product = (queries * of_queries).sum(dtype=temperature.dtype)
+    return (-product / temperature).to(temperature.device)
 
 
 def _last(gradients: list[Tensor], dtype: torch.dtype | None) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from tdro_hpc.losses.arguments import checked_arguments, refuse_positives_outside
-from tdro_hpc.losses.infonce import core_of, finite_sums, fused_serves
+from tdro_hpc.losses.infonce import core_of, finite_sums, fused_serves, temperature_gradient
 from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD
 from tdro_hpc.parallel.gather import pass_on
 from tdro_hpc.parallel.process import group_rank
@@ -31,7 +31,7 @@ def ring_infonce(
     positives: Tensor,
     *,
     sizes: list[int],
-    temperature: float,
+    temperature: float | Tensor,
     query_group: Tensor | None = None,
     document_group: Tensor | None = None,
     document_ids: Tensor | None = None,
@@ -45,6 +45,7 @@ def ring_infonce(
     documents, document_group, document_ids   of this rank's columns only; ranks may have different numbers of them
     positives [rows]   column of the positive, among this rank's own
     sizes              columns of each rank, in rank order, each >= 1: rows_of_ranks(len(documents))
+    temperature        the gradient of one that requires it is that of this rank's losses
     The other arguments, the result and the errors are those of grouped_infonce. Whether an argument is None, and the
     type of the embeddings, is the same on all ranks.
     """
@@ -126,11 +127,12 @@ class _RingInfoNCE(torch.autograd.Function):
             asked.pass_on()
         assert asked is not None, "this rank is one of them"
         asked.arrive()
-        for_queries, for_documents = ctx.needs_input_grad[:2]
+        for_queries, for_documents, for_temperature = ctx.needs_input_grad[:3]
         return (
             of_queries.to(queries.dtype) if for_queries else None,
             asked.here[0].to(queries.dtype) if for_documents else None,
-            *(None,) * 11,
+            temperature_gradient(queries, of_queries, temperature) if for_temperature else None,
+            *(None,) * 10,
         )
 
 

@@ -35,13 +35,14 @@ class ScoreBlock:
     false_negative_margin: float | None = None  # in units of q . d
     keep_duplicates: bool = False  # columns with the text of the positive stay negatives
     implementation: str = "auto"  # auto, fused, torch
+    workspace_mb: int = 16  # of the compiled loss on a CPU
     ring_sizes: list[int] | None = None  # columns of each rank: this rank's are above, the others' pass by; None = all
 
     def row_losses(self) -> Tensor:
         """Loss of every row [rows], nats. All ranks call it together where the columns go round them."""
         if self.ring_sizes is not None:
             return ring_infonce(*self._embeddings(), sizes=self.ring_sizes, **self._options())
-        return grouped_infonce(*self._embeddings(), **self._options())
+        return grouped_infonce(*self._embeddings(), workspace_mb=self.workspace_mb, **self._options())
 
     def weighted(self, row_weights: Tensor) -> tuple[Tensor, Tensor]:
         """sum(row_weights * losses) [], and the losses [rows], detached: less work than row_losses, but in the ring.
@@ -51,7 +52,9 @@ class ScoreBlock:
         if self.ring_sizes is not None:
             losses = self.row_losses()
             return (row_weights * losses).sum(), losses.detach()
-        return weighted_infonce(*self._embeddings(), row_weights=row_weights, **self._options())
+        return weighted_infonce(
+            *self._embeddings(), row_weights=row_weights, workspace_mb=self.workspace_mb, **self._options()
+        )
 
     def _embeddings(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.queries, self.documents, self.positives
@@ -90,14 +93,18 @@ def build_score_block(
     sizes = rows_of_ranks(len(passages)) if negatives == "world" else [len(passages)]
     first_column = sum(sizes[: group_rank()]) if negatives == "world" else 0
     positives = per_query * torch.arange(len(queries), device=device)
-    query_group = _query_groups(batch, first_column + positives, negatives)
-    document_group = query_group.repeat_interleave(per_query)
+    query_group = document_group = None
+    if negatives in ("group", "task") or _any_own_negatives(batch, len(sizes), device):
+        query_group = _query_groups(batch, first_column + positives, negatives)
+        document_group = query_group.repeat_interleave(per_query)
     documents, ids = passages, batch.document_ids.to(device)
     ring = len(sizes) > 1 and _bytes_of_columns(passages, sizes) > loss.ring_above_mb * 1_000_000
     if len(sizes) > 1 and not ring:
         positives = first_column + positives
         documents = gather_rows(passages, sizes)
-        ids, document_group = gather_ids(torch.stack([ids, document_group], dim=1), sizes).unbind(1)
+        labels = [ids] if document_group is None else [ids, document_group]
+        ids, *others = gather_ids(torch.stack(labels, dim=1), sizes).unbind(1)
+        document_group = others[0] if others else None
     masked = loss.mask_duplicates or loss.mask_known_positives
     return ScoreBlock(
         queries,
@@ -111,8 +118,17 @@ def build_score_block(
         false_negative_margin=loss.false_negative_margin,
         keep_duplicates=not loss.mask_duplicates,
         implementation=loss.implementation,
+        workspace_mb=loss.workspace_mb,
         ring_sizes=sizes if ring else None,
     )
+
+
+def _any_own_negatives(batch: "Batch", ranks: int, device: torch.device) -> bool:
+    """Whether a row of any of the ranks keeps to its own passages: all ranks find the same."""
+    here = bool(batch.own_negatives_only.any())
+    if ranks == 1:
+        return here
+    return bool(gather_ids(torch.tensor([here], device=device).long(), [1] * ranks).any())
 
 
 def _bytes_of_columns(passages: Tensor, sizes: list[int]) -> int:

@@ -37,7 +37,7 @@ def test_keys_are_those_of_the_sections_of_the_stage():
         replace(CONFIG, data=DataConfig(loader_workers=7, cache_dir="/x")),
         replace(CONFIG, s0=TrainingConfig(save_every_steps=7, keep_checkpoints=9, log_every_steps=3)),
         replace(CONFIG, name="other", runs_dir="elsewhere"),
-        replace(CONFIG, loss=LossConfig(implementation="torch", ring_above_mb=0)),
+        replace(CONFIG, loss=LossConfig(implementation="torch", ring_above_mb=0, workspace_mb=64)),
         replace(CONFIG, eval=EvalConfig(batch_tokens=5), s2=S2Config(weights="ema")),
     ],
 )
