@@ -8,9 +8,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tdro_hpc.losses import cuda_core
+from tdro_hpc.losses import cuda_core, registration
 from tdro_hpc.losses.library import Library, load
-from tdro_hpc.losses.torch_ops import Argument, backward_shapes, forward_backward_shapes, forward_shapes
+from tdro_hpc.losses.torch_ops import Argument
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of embeddings
 
@@ -35,9 +35,7 @@ def _library() -> Library:
     library = load()
     if library.path is None:
         return library
-    torch.library.register_fake("tdro_hpc::infonce_forward", forward_shapes)
-    torch.library.register_fake("tdro_hpc::infonce_backward", backward_shapes)
-    torch.library.register_fake("tdro_hpc::infonce_forward_backward", forward_backward_shapes)
+    registration.register()
     if library.cuda and not torch._C._dispatch_has_kernel_for_dispatch_key("tdro_hpc::infonce_forward", "CUDA"):
         cuda_core.register()
     return library
