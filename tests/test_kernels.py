@@ -1,5 +1,6 @@
 """The real kernels, built from scratch: by silent compilers, for all processors and GPUs, keeping to themselves."""
 
+import os
 import re
 import shutil
 import struct
@@ -9,10 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.building import IS_X86, LIBRARY, ROOT, answer_of, compiled, copy_checkout, needs_compiler, setup
+from tests.building import IS_X86, LIBRARY, ROOT, compiled, copy_checkout, needs_compiler, setup
 
 NVCC = next(filter(None, map(shutil.which, ["nvcc", *map(str, Path("/usr/local").glob("cuda*/bin/nvcc"))])), None)
+# In a CI run, CUDA sources that are not compiled fail their tests instead of leaving them out.
+needs_nvcc = pytest.mark.skipif(NVCC is None and "CI" not in os.environ, reason="no nvcc here")
 pytestmark = [needs_compiler, pytest.mark.slow]
+# What the processor must have for a path of the library, and the files that are better than it.
+PATHS = {
+    "avx2": ({"avx2", "fma"}, ["avx512", "avx512bf16"]),
+    "avx512": ({"avx512f", "avx512bw", "avx512dq", "avx512vl"}, ["avx512bf16"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,42 @@ def test_other_processors_than_x86_get_what_every_processor_can(real: tuple[Path
     variables = {"PYTHONPATH": str(tmp_path), "NVCC": str(tmp_path / "nvcc")}
     said = setup(tmp_path / "checkout", "build_ext", "--inplace", "--required", **variables)
     assert {"ops.cpp", "infonce.cpp"} < compiled(said) and "_avx" not in said
-    assert answer_of(tmp_path / "checkout" / LIBRARY) == "generic"
+    check_path(tmp_path / "checkout", "generic")
+
+
+@pytest.mark.skipif(not IS_X86, reason="these paths are for x86-64")
+@pytest.mark.parametrize("path", PATHS)
+def test_older_processors_get_the_same_losses(real: tuple[Path, str], tmp_path: Path, path: str):
+    """The same objects, but for the better files: those say that the processor does not have their instructions."""
+    needed, better = PATHS[path]
+    if lacking := needed - set(re.split(r"\s", Path("/proc/cpuinfo").read_text())):
+        pytest.skip(f"this processor has no {', '.join(sorted(lacking))}")
+    root = Path(shutil.copytree(real[0], tmp_path / "checkout"))
+    for name in better:
+        (root / f"kernels/cpu/tile_{name}.cpp").write_text(
+            f'#include "cpu/tile.h"\nconst tdro::TileKernels* tdro::kernels_{name}() {{ return nullptr; }}\n'
+        )
+    said = setup(root, "build_ext", "--inplace", "--required")
+    assert compiled(said) == {f"tile_{name}.cpp" for name in better} | {Path(LIBRARY).name}
+    check_path(root, path)
+
+
+def check_path(root: Path, path: str) -> None:
+    """The library of a checkout takes a path, is found right by info, and passes the tests of the loss."""
+    for name in ("conftest.py", "reference", "losses/test_infonce.py"):
+        copy = shutil.copytree if (ROOT / "tests" / name).is_dir() else shutil.copy
+        (root / "tests/losses").mkdir(parents=True, exist_ok=True)
+        copy(ROOT / "tests" / name, root / "tests" / name)
+    code = (
+        "import sys, pytest; from tdro_hpc import info\n"
+        "sys.exit(info.main([]) or pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'fused', 'tests/losses']))"
+    )
+    command, environment = [sys.executable, "-c", code], os.environ | {"CI": "true"}  # no library: no skipped tests
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in (str(root / LIBRARY), f"on this CPU by its {path} code", "loss on cpu: compiled", " passed"):
+        assert words in done.stdout
+    assert " skipped" not in done.stdout
 
 
 def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
@@ -80,8 +123,9 @@ def machine_codes(library: bytes) -> list[set[tuple[str, int]]]:
     return found
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc here")
+@needs_nvcc
 def test_gpu_code_is_there_for_a100_for_h100_and_to_compile_for_newer_gpus(real: tuple[Path, str]):
+    assert f"{LIBRARY} is built with CUDA" in real[1], real[1]
     codes = machine_codes((real[0] / LIBRARY).read_bytes())
     wanted = {("machine code", 80), ("machine code", 90), ("PTX", 90)}
     assert codes == [wanted] * len(list((ROOT / "kernels/cuda").glob("*.cu")))
