@@ -1,5 +1,7 @@
 """The operators of the loss with all scores in memory, in float64: short, and shares nothing with the package."""
 
+from typing import NamedTuple
+
 import torch
 
 MARGIN = 0.05 + 2**-17  # between two products of embeddings on_grid
@@ -60,3 +62,69 @@ def forward_backward(queries, documents, positives, row_weights, temperature, *m
     factors = row_weights.double() * torch.expm1(-losses)
     vectors = found + losses, row_weights, factors, None, None
     return losses, *backward(queries, documents, positives, found, temperature, *masks, *vectors)
+
+
+class Results(NamedTuple):
+    losses: torch.Tensor  # [rows]
+    of_queries: torch.Tensor  # gradients of sum(row_weights * losses)
+    of_documents: torch.Tensor
+    of_temperature: torch.Tensor  # []
+
+
+def losses_and_gradients(
+    queries,
+    documents,
+    positives,
+    row_weights,
+    *,
+    temperature,
+    query_group=None,
+    document_group=None,
+    document_ids=None,
+    known_positive_ids=None,
+    false_negative_margin=None,
+    keep_duplicates=False,
+    column_weights=None,
+    symmetric=False,
+    chunk_rows=256,
+):
+    """Results of grouped_infonce and weighted_infonce with these arguments, in float64, some rows at a time."""
+    queries, documents, weights = queries.double(), documents.double(), row_weights.double()
+    positive_ids = None if document_ids is None or keep_duplicates else document_ids[positives]
+    log_weights = None if column_weights is None else column_weights.double().log()
+    of_columns = document_ids, positive_ids, known_positive_ids, false_negative_margin, log_weights
+
+    def chunk(part):
+        group, ids = None if query_group is None else query_group[part], [*of_columns]
+        for place in (1, 2):
+            ids[place] = None if ids[place] is None else ids[place][part]
+        return queries[part], documents, positives[part], (group, document_group, *ids)
+
+    parts = [slice(start, start + chunk_rows) for start in range(0, len(queries), chunk_rows)]
+    found = []
+    for part in parts:
+        *sides, masks = chunk(part)
+        found.append(forward(*sides, None, temperature, *masks, symmetric))
+    positive_scores, row_negatives = (torch.cat([each[place] for each in found]) for place in (0, 1))
+    losses, row_shares = _losses_and_shares(row_negatives - positive_scores)
+    row_factors = weights * row_shares / (1 + symmetric)
+    positive_factors, column_negatives, column_factors = -row_factors, None, None
+    if symmetric:
+        column_negatives = torch.stack([each[2] for each in found]).logsumexp(dim=0)
+        others, column_shares = _losses_and_shares(column_negatives[positives] - positive_scores)
+        losses, column_shares = (losses + others) / 2, weights * column_shares / 2
+        positive_factors = positive_factors - column_shares
+        column_factors = torch.zeros_like(column_negatives).index_add_(0, positives, column_shares)
+    of_queries, of_documents = torch.zeros_like(queries), torch.zeros_like(documents)
+    for part in parts:
+        *sides, masks = chunk(part)
+        shares = row_negatives[part], row_factors[part], positive_factors[part], column_negatives, column_factors
+        gradients = backward(*sides, positive_scores[part], temperature, *masks, *shares)
+        of_queries[part] = gradients[0]
+        of_documents += gradients[1]
+    return Results(losses, of_queries, of_documents, -(queries * of_queries).sum() / temperature)
+
+
+def _losses_and_shares(excess):
+    """log(1 + e^excess), and its derivative: the share of the negatives."""
+    return torch.logaddexp(excess, torch.zeros_like(excess)), torch.sigmoid(excess)
