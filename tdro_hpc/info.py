@@ -2,8 +2,9 @@
 
     python -m tdro_hpc.info
 
-A small random loss is compared with a dense one in float64, with its gradients, for each device and type that training
-uses. Exit codes: 0 = right, 1 = wrong, 2 = a mistake in the call.
+A small random loss is compared with a dense one in float64, with its gradients, for each device and type: row by row
+and as a sum, each with memory to spare and without, and symmetric. Exit codes: 0 = right, 1 = wrong, 2 = a mistake in
+the call.
 """
 
 import importlib.util
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +24,9 @@ from tdro_hpc.losses.library import load
 
 TEMPERATURE = 0.05
 # Largest error of the losses, and of the gradients, relative to the largest of them. Losses: float32 sums of a hundred
-# products. Gradients of bfloat16 embeddings are bfloat16 numbers, which have eight binary digits.
-LIMITS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-4, 1e-2)}
+# products. Gradients of bfloat16 and float16 embeddings are such numbers, which have eight and eleven binary digits.
+LIMITS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-4, 1e-2), torch.float16: (1e-4, 2e-3)}
+WORKSPACES_MB = 16, 0  # the usual; none: gradients of half precision are formed in parts, and nothing is kept
 PACKAGES = {"flash_attn": "flash-attn", "apex": "apex", "deepspeed": "deepspeed", "faiss": "faiss"}
 
 
@@ -111,10 +114,11 @@ def check_loss(device: str) -> bool:
 
 
 def errors_of_loss(problem: Problem) -> tuple[float, float]:
-    """Largest error of the losses and of the gradients, by each function there is, relative to the largest of them."""
+    """Largest error of the losses and of the gradients, by each way there is, relative to the largest of them."""
     wanted, errors = dense_loss(problem), []
-    for found in (by_rows(problem), by_sum(problem)):
-        errors.append([_error(mine, theirs) for mine, theirs in zip(found, wanted, strict=True)])
+    ways = [(way(problem, megabytes), wanted) for megabytes in WORKSPACES_MB for way in (by_rows, by_sum)]
+    for found, exact in (*ways, (by_both_sides(problem), dense_loss(problem, symmetric=True))):
+        errors.append([_error(mine, theirs) for mine, theirs in zip(found, exact, strict=True)])
     of_losses, *of_gradients = torch.tensor(errors).amax(dim=0).tolist()  # NaN is the largest
     return of_losses, torch.tensor(of_gradients).amax().item()
 
@@ -125,7 +129,7 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 def random_problem(device: str, dtype: torch.dtype) -> Problem:
     """The same problem at each call, rounded to a type: sizes that divide by nothing a kernel cuts them into."""
-    rows, columns, width, groups = 37, 149, 101, 5
+    rows, columns, width, groups = 307, 613, 101, 5
     generator = torch.Generator().manual_seed(0)
     sides = [torch.randn(count, width, generator=generator) for count in (rows, columns)]
     queries, documents = (torch.nn.functional.normalize(side, dim=1).to(device, dtype) for side in sides)
@@ -141,7 +145,7 @@ def random_problem(device: str, dtype: torch.dtype) -> Problem:
     )
 
 
-def dense_loss(problem: Problem) -> list[Tensor]:
+def dense_loss(problem: Problem, *, symmetric: bool = False) -> list[Tensor]:
     """Losses [rows], and the gradients of both sides for their weighted sum, by all scores at once in float64."""
     queries, documents = (side.double().requires_grad_() for side in (problem.queries, problem.documents))
     scores = queries @ documents.T / TEMPERATURE
@@ -150,28 +154,39 @@ def dense_loss(problem: Problem) -> list[Tensor]:
     is_negative &= problem.document_ids[problem.positives].unsqueeze(1) != problem.document_ids
     negatives = scores.masked_fill(~is_negative, float("-inf"))
     losses = torch.logsumexp(torch.cat([own, negatives], dim=1), dim=1) - own.squeeze(1)
+    if symmetric:
+        rows_of_own = negatives.T[problem.positives]  # [rows, rows]: the scores of a positive where it is a negative
+        losses = (losses + torch.logsumexp(torch.cat([own, rows_of_own], dim=1), dim=1) - own.squeeze(1)) / 2
     gradients = torch.autograd.grad((problem.row_weights * losses).sum(), (queries, documents))
     return [losses.detach(), *gradients]
 
 
-def by_rows(problem: Problem) -> list[Tensor]:
+def by_rows(problem: Problem, workspace_mb: int) -> list[Tensor]:
     """The same by grouped_infonce."""
+    return _by_rows(problem, workspace_mb=workspace_mb)
+
+
+def by_both_sides(problem: Problem) -> list[Tensor]:
+    """The same of the symmetric loss."""
+    return _by_rows(problem, symmetric=True)
+
+
+def _by_rows(problem: Problem, **options: Any) -> list[Tensor]:
     queries, documents = problem.queries.clone().requires_grad_(), problem.documents.clone().requires_grad_()
-    losses = grouped_infonce(queries, documents, problem.positives, **_keywords(problem))
+    losses = grouped_infonce(queries, documents, problem.positives, **_keywords(problem), **options)
     gradients = torch.autograd.grad((problem.row_weights * losses).sum(), (queries, documents))
     return [losses.detach(), *gradients]
 
 
-def by_sum(problem: Problem) -> list[Tensor]:
+def by_sum(problem: Problem, workspace_mb: int) -> list[Tensor]:
     """The same by weighted_infonce, which forms the gradients together with the losses."""
     queries, documents = problem.queries.clone().requires_grad_(), problem.documents.clone().requires_grad_()
-    total, losses = weighted_infonce(
-        queries, documents, problem.positives, row_weights=problem.row_weights, **_keywords(problem)
-    )
+    options = _keywords(problem) | {"row_weights": problem.row_weights, "workspace_mb": workspace_mb}
+    total, losses = weighted_infonce(queries, documents, problem.positives, **options)
     return [losses, *torch.autograd.grad(total, (queries, documents))]
 
 
-def _keywords(problem: Problem) -> dict:
+def _keywords(problem: Problem) -> dict[str, Any]:
     return {
         "temperature": TEMPERATURE,
         "query_group": problem.query_group,

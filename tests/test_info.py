@@ -5,13 +5,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tdro_hpc import info
+from tdro_hpc.losses import host
 from tdro_hpc.losses.library import PATH, Library, load
 from tests.reference.infonce import slow_infonce
+from tests.reference.loss_cases import needs_library
 
 REASON = "libtdro_kernels.so is not built. Type `make build` in some folder."
 
@@ -22,10 +25,10 @@ def test_info_names_torch_the_library_and_optional_packages(capsys: pytest.Captu
     assert f"torch          {torch.__version__}, " in said.out and "loss on cpu: " in said.out and said.err == ""
     for name in ("GPU", "compiled loss", "flash-attn", "apex", "deepspeed", "faiss"):
         assert f"\n{name}  " in said.out
-    assert said.out.count("right: losses off by ") == 2 * (1 + torch.cuda.is_available())
+    assert said.out.count("right: losses off by ") == 3 * (1 + torch.cuda.is_available())
 
 
-@pytest.mark.skipif(load().path is None, reason="the library is not built (make build)")
+@needs_library
 def test_the_library_in_use_and_its_code_are_named(capsys: pytest.CaptureFixture[str]):
     assert info.main([]) == 0
     said = capsys.readouterr().out
@@ -45,14 +48,14 @@ def test_without_the_library_the_loss_in_torch_is_checked(
 
 
 @pytest.mark.parametrize("wrong", ["losses", "gradients", "nan"])
-@pytest.mark.parametrize("function", ["by_rows", "by_sum"])
+@pytest.mark.parametrize("function", ["by_rows", "by_sum", "by_both_sides"])
 def test_a_loss_that_is_wrong_ends_with_1(
     wrong: str, function: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     right = getattr(info, function)
 
-    def broken(problem: info.Problem) -> list[torch.Tensor]:
-        found = right(problem)
+    def broken(*arguments: Any) -> list[torch.Tensor]:
+        found = right(*arguments)
         place = 0 if wrong == "losses" else 2
         found[place] = found[place] * (float("nan") if wrong == "nan" else 1.05)
         return found
@@ -60,19 +63,43 @@ def test_a_loss_that_is_wrong_ends_with_1(
     monkeypatch.setattr(info, function, broken)
     assert info.main([]) == 1
     said = capsys.readouterr()
-    assert "bfloat16  WRONG" in said.out and "The loss on cpu is WRONG: do not train with it." in said.err
+    assert said.out.count(" WRONG: losses off by") == 3 * (1 + torch.cuda.is_available())
+    assert "The loss on cpu is WRONG: do not train with it." in said.err
 
 
-def test_the_dense_loss_is_that_of_the_slow_reference():
+@needs_library
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_gradient_that_is_wrong_in_its_last_part_ends_with_1(
+    side: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Half precision is summed in parts where there is no room for the whole sums."""
+    right, name = host._of_part, ("queries", "documents")[side]
+    whole = getattr(info.random_problem("cpu", torch.float32), name)
+
+    def broken(problem: host.Problem, *rest: Any) -> torch.Tensor:
+        part, gradient = getattr(problem, name), right(problem, *rest)
+        is_last = len(part) < len(whole) and torch.equal(part[-1], whole[-1].to(part.dtype))
+        return gradient * 1.05 if rest[-1] == side and is_last else gradient
+
+    monkeypatch.setattr(host, "_of_part", broken)
+    assert info.main([]) == 1
+    said = capsys.readouterr().out
+    assert "float32   right" in said and "bfloat16  WRONG" in said and "float16   WRONG" in said
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_dense_loss_is_that_of_the_slow_reference(symmetric: bool):
     problem = info.random_problem("cpu", torch.float32)
     sides = [side.double().requires_grad_() for side in (problem.queries, problem.documents)]
     names = "query_group", "document_group", "document_ids"
     masks = {name: getattr(problem, name) for name in names}
-    losses = slow_infonce(*sides, problem.positives, temperature=info.TEMPERATURE, **masks)
+    losses = slow_infonce(*sides, problem.positives, temperature=info.TEMPERATURE, symmetric=symmetric, **masks)
     gradients = torch.autograd.grad((problem.row_weights * losses).sum(), sides)
-    for found, wanted in zip(info.dense_loss(problem), (losses.detach(), *gradients), strict=True):
+    dense = info.dense_loss(problem, symmetric=symmetric)
+    for found, wanted in zip(dense, (losses.detach(), *gradients), strict=True):
         torch.testing.assert_close(found, wanted)
-    assert losses[-1] == 0 and (problem.document_ids == problem.positives[0]).sum() == 2, "rows of every kind"
+    assert (losses[-1] == 0) != symmetric, "a row without negatives"
+    assert (problem.document_ids == problem.positives[0]).sum() == 2, "a row with a double of its positive"
 
 
 def test_a_library_that_is_older_than_its_sources_is_told(
