@@ -5,6 +5,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,7 +15,7 @@ from tdro_hpc.losses import torch_core
 from tdro_hpc.losses.gradcache import cached_backward
 from tdro_hpc.losses.infonce import grouped_infonce
 from tdro_hpc.losses.library import load
-from tdro_hpc.losses.ring import ring_infonce
+from tdro_hpc.losses.ring import _GRADIENTS_TAG, ring_infonce
 from tdro_hpc.losses.score_block import build_score_block
 from tdro_hpc.parallel.gather import gather_rows, rows_of_ranks
 from tdro_hpc.parallel.process import end_process, start_process, wait_for_all
@@ -28,8 +29,9 @@ CASES = {
     "duplicates": {"document_ids": True},
     "all": {"query_group": True, "document_ids": True, "known_positive_ids": True, "false_negative_margin": -0.2},
     "kept": {"document_ids": True, "known_positive_ids": True, "keep_duplicates": True},
+    "learned temperature": {"document_ids": True},
 }
-TYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+TYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRAINING = TrainingConfig(learning_rate=0.01, warmup_steps=0, steps=10)
 ROWS = 11  # of the batch of all ranks: the ranks have different numbers
 RING, GATHER = (LossConfig(false_negative_margin=-0.2, ring_above_mb=limit) for limit in (0, 2048))
@@ -64,20 +66,26 @@ def chosen(options, case):
     return {name: options[name] for name in names}
 
 
+def temperature_of(case):
+    return torch.tensor(0.05, dtype=torch.float64, requires_grad=case == "learned temperature")
+
+
 def check_exactness(process, case, dtype, implementation):
     """Losses, and gradients of their weighted sum over all ranks."""
     queries, documents, positives, options, weights = problem(process.data_rank, process.data_size, dtype)
+    temperature = temperature_of(case)
     losses = ring_infonce(
         queries,
         documents,
         positives,
         sizes=rows_of_ranks(len(documents)),
-        temperature=0.05,
+        temperature=temperature,
         implementation=implementation,
         **chosen(options, case),
     )
-    gradients = torch.autograd.grad((weights * losses).sum(), [queries, documents])
-    return {"losses": losses.detach(), "queries": gradients[0], "documents": gradients[1]}
+    (weights * losses).sum().backward()
+    found = {"losses": losses.detach(), "queries": queries.grad, "documents": documents.grad}
+    return found | ({} if temperature.grad is None else {"temperature": temperature.grad})
 
 
 def check_training(process, loss):
@@ -178,6 +186,50 @@ def check_cost(process, *, ring):
     return {"scores": sum(pairs), "forward": forward.most / shard, "backward": backward.most / shard}
 
 
+class Noted:
+    """A part of an exchange that is under way. When it is waited for is noted in `events`."""
+
+    def __init__(self, work, exchange, events):
+        self.work, self.exchange, self.events = work, exchange, events
+
+    def wait(self):
+        self.events.append(f"{self.exchange} waited for")
+        return self.work.wait()
+
+
+def check_order(process):
+    """What forward and backward do, in order: exchanges begun and waited for, and computations; each is numbered."""
+    queries, documents, positives, _, weights = problem(process.data_rank, process.data_size, torch.float32)
+    events, begin = [], dist.batch_isend_irecv
+
+    def numbered(what, state):
+        return f"{what} {sum(event.startswith(what) and event.endswith(state) for event in events)}"
+
+    def beginning(operations):
+        exchange = numbered("gradients" if operations[0].tag >= _GRADIENTS_TAG else "columns", "begun")
+        events.append(f"{exchange} begun")
+        return [Noted(work, exchange, events) for work in begin(operations)]
+
+    def computing(function):
+        def compute(*arguments):
+            turn = numbered("turn", "computed")
+            events.append(f"{turn} computing")
+            found = function(*arguments)
+            events.append(f"{turn} computed")
+            return found
+
+        return compute
+
+    cores = {name: computing(getattr(torch_core, name)) for name in ("forward", "backward")}
+    sizes = rows_of_ranks(len(documents))
+    with mock.patch.object(dist, "batch_isend_irecv", beginning), mock.patch.multiple(torch_core, **cores):
+        losses = ring_infonce(queries, documents, positives, sizes=sizes, temperature=0.05, implementation="torch")
+        forward = events.copy()
+        events.clear()
+        (weights * losses).sum().backward()
+    return {"forward": forward, "backward": events}
+
+
 def check_all(process):
     implementations = ["torch", *(["fused"] if load().cpu else [])]
     return {
@@ -189,6 +241,7 @@ def check_all(process):
             if (dtype, implementation) != ("float64", "fused")
         },
         "training": {"ring": check_training(process, RING), "gather": check_training(process, GATHER)},
+        "order": check_order(process),
         "choice": check_choice(process),
         "cost": {"ring": check_cost(process, ring=True), "gather": check_cost(process, ring=False)},
     }

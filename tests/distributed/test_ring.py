@@ -6,7 +6,7 @@ import torch
 from tdro_hpc.losses.infonce import grouped_infonce
 from tdro_hpc.parallel.process import Process
 from tests.distributed.launching import run_ranks
-from tests.distributed.ring_rank import CASES, ROWS, TYPES, check_all, chosen, problem
+from tests.distributed.ring_rank import CASES, ROWS, TYPES, check_all, chosen, problem, temperature_of
 from tests.reference.loss_cases import needs_library
 
 ALONE = Process(data_rank=0, data_size=1, local_rank=0, device=torch.device("cpu"))
@@ -17,10 +17,11 @@ CLOSE = {
         "rtol": 1e-2,
         "atol": 3e-2,
     },  # of gradients up to 20; 8 bits for each, and for a share where it is fused
+    "float16": {"rtol": 2e-3, "atol": 4e-3},  # 11 bits
 }
 WAYS = [
     *((dtype, "torch") for dtype in TYPES),
-    *(pytest.param(dtype, "fused", marks=needs_library) for dtype in ("float32", "bfloat16")),
+    *(pytest.param(dtype, "fused", marks=needs_library) for dtype in ("float32", "bfloat16", "float16")),
 ]
 
 
@@ -37,7 +38,10 @@ def alone():
 
 
 def whole_problem(world, case, dtype):
-    """Losses and gradients of all rows over all columns, float64, of the same embeddings as in `dtype`."""
+    """Losses and gradients of all rows over all columns, float64, of the same embeddings as in `dtype`.
+
+    The gradient of a temperature is that of each rank's rows [ranks].
+    """
     parts = [problem(rank, world, TYPES[dtype]) for rank in range(world)]
     queries, documents = (torch.cat([part[i].detach().double() for part in parts]).requires_grad_() for i in (0, 1))
     first, positives = 0, []
@@ -47,10 +51,17 @@ def whole_problem(world, case, dtype):
     options = {name: part for name, part in chosen(parts[0][3], case).items() if not isinstance(part, torch.Tensor)}
     for name in set(chosen(parts[0][3], case)) - set(options):
         options[name] = torch.cat([part[3][name] for part in parts])
-    losses = grouped_infonce(queries, documents, torch.cat(positives), temperature=0.05, **options)
-    weights = torch.cat([part[4] for part in parts]).double()
-    of_queries, of_documents = torch.autograd.grad((weights * losses).sum(), [queries, documents])
-    return {"losses": losses.detach(), "queries": of_queries, "documents": of_documents}
+    temperature = temperature_of(case)
+    losses = grouped_infonce(queries, documents, torch.cat(positives), temperature=temperature, **options)
+    weighted = torch.cat([part[4] for part in parts]).double() * losses
+    gradients = torch.autograd.grad(weighted.sum(), [queries, documents], retain_graph=True)
+    wanted = {"losses": losses.detach(), "queries": gradients[0], "documents": gradients[1]}
+    if temperature.requires_grad:
+        of_ranks = [rows.sum() for rows in weighted.split([len(part[0]) for part in parts])]
+        wanted["temperature"] = torch.cat(
+            [torch.autograd.grad(total, [temperature], retain_graph=True)[0].reshape(1) for total in of_ranks]
+        )
+    return wanted
 
 
 @pytest.mark.parametrize(("dtype", "implementation"), WAYS)
@@ -58,11 +69,20 @@ def whole_problem(world, case, dtype):
 def test_losses_and_gradients_are_those_of_all_columns_in_one_process(ranks, case, dtype, implementation):
     wanted = whole_problem(len(ranks), case, dtype)
     assert wanted["losses"].abs().sum() > 1 and wanted["documents"].abs().max() > 0.1
-    for name, value in wanted.items():
+    for name in ("losses", "queries", "documents"):
         found = torch.cat([rank["exact"][case, dtype, implementation][name] for rank in ranks])
-        of_sums = "float32" if dtype == "bfloat16" and name == "losses" else dtype
+        of_sums = "float32" if dtype in ("bfloat16", "float16") and name == "losses" else dtype
         assert found.dtype == TYPES[of_sums], name
-        torch.testing.assert_close(found.double(), value, **CLOSE[of_sums])
+        torch.testing.assert_close(found.double(), wanted[name], **CLOSE[of_sums])
+
+
+@pytest.mark.parametrize(("dtype", "implementation"), WAYS)
+def test_gradient_of_a_temperature_is_that_of_the_rows_of_each_rank(ranks, dtype, implementation):
+    """So that their sum is the gradient of the whole batch."""
+    wanted = whole_problem(len(ranks), "learned temperature", dtype)["temperature"]
+    found = [rank["exact"]["learned temperature", dtype, implementation]["temperature"] for rank in ranks]
+    assert wanted.abs().min() > 10
+    torch.testing.assert_close(torch.stack(found), wanted, rtol=CLOSE[dtype]["rtol"], atol=0)
 
 
 @pytest.mark.parametrize("way", ["ring", "gather"])
@@ -104,3 +124,28 @@ def test_ring_holds_two_shards_and_their_gradients_whatever_the_number_of_ranks(
         assert min(2, world - 1) <= ring["forward"] < 2.2
         assert ring["backward"] < 5.2, "two shards, and three of gradients: made, sent, received"
         assert gather["forward"] >= world and gather["backward"] >= world
+
+
+def last(events, event):
+    return len(events) - 1 - events[::-1].index(event)
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_next_columns_are_under_way_while_a_rank_computes_with_the_present_ones(ranks, way):
+    world = len(ranks)
+    for events in (rank["order"][way] for rank in ranks):
+        for turn in range(world - 1):
+            assert events.index(f"columns {turn} begun") < events.index(f"turn {turn} computing"), events
+            assert events.index(f"turn {turn} computed") < events.index(f"columns {turn} waited for"), events
+            assert last(events, f"columns {turn} waited for") < events.index(f"turn {turn + 1} computing"), events
+        assert f"turn {world - 1} computed" in events and f"columns {world - 1} begun" not in events
+
+
+def test_gradients_of_columns_are_under_way_while_a_rank_computes_those_of_the_next(ranks):
+    world = len(ranks)
+    for events in (rank["order"]["backward"] for rank in ranks):
+        for turn in range(world - 1):
+            assert events.index(f"turn {turn} computed") < events.index(f"gradients {turn} begun"), events
+            assert events.index(f"gradients {turn} begun") < events.index(f"turn {turn + 1} computing"), events
+            assert events.index(f"turn {turn + 1} computed") < events.index(f"gradients {turn} waited for"), events
+        assert f"gradients {world - 1} waited for" in events, "they end with their owner"
