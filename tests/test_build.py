@@ -171,12 +171,16 @@ def test_without_a_compiler_one_line_says_so_and_the_wheel_is_for_any_platform(p
     assert "no C++ compiler" in setup(project, "build_ext", "--inplace", "--required", code=1, PATH=str(tmp_path))
 
 
-def test_the_package_without_the_library_warns_once_and_computes_the_loss(project: Path, tmp_path: Path):
-    """As it is installed, from a wheel that was built without a compiler."""
-    for name, content in wheel_of(project, PATH=str(tmp_path))[1].items():
-        path = tmp_path / "installed" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+def test_pip_install_without_a_compiler_makes_a_package_that_warns_once_and_computes_the_loss(
+    project: Path, tmp_path: Path
+):
+    variables = os.environ | {"CXX": str(tmp_path / "nowhere/c++"), "PIP_NO_INDEX": "1"}
+    words = ["install", "-v", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "installed"), "."]
+    command = [sys.executable, "-m", "pip", *words]
+    done = subprocess.run(command, cwd=project, env=variables, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert said.count(f"no C++ compiler (looked for {tmp_path}/nowhere/c++; CXX names another).") == 1
     (tmp_path / "loss.py").write_text(
         "import torch\nfrom tdro_hpc.losses import grouped_infonce\nside, own = torch.eye(2), torch.arange(2)\n"
         "for times in (1, 2):\n    loss = grouped_infonce(side, side * times, own, temperature=1.0)\n"
@@ -188,6 +192,7 @@ def test_the_package_without_the_library_warns_once_and_computes_the_loss(projec
     loss = math.log1p(math.exp(-2))
     assert done.stdout.startswith(f"[{loss:.7f}"[:8]) and f" {tmp_path}/installed/tdro_hpc/losses/" in done.stdout
     assert done.stderr.count("UserWarning") == done.stderr.count("libtdro_kernels.so is not built") == 1
+    assert "Type `make build` in the checkout of tdro_hpc, or install a wheel that was built where" in done.stderr
 
 
 @needs_compiler
