@@ -1,12 +1,17 @@
 """The operators of the loss on a GPU: results, memory, graphs, streams. Everything else is tested on the CPU."""
 
 import math
+import os
 import secrets
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from tdro_hpc.losses import cuda_core
+from tdro_hpc.losses import cuda_core, fused
 from tdro_hpc.losses.cuda_tiles import TileOps
 from tdro_hpc.losses.library import load
 from tests.reference import dense_core
@@ -16,6 +21,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+SANITIZER = shutil.which("compute-sanitizer")
 MEBIBYTE = 1 << 20
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of gradients, relative
 SHAPES = [(1, 1, 8), (130, 517, 72), (700, 5000, 384), (2100, 2300, 264)]
@@ -199,3 +205,36 @@ def test_work_goes_to_the_current_stream():
     stream.synchronize()
     for got, want in zip(found, wanted, strict=True):
         assert torch.equal(got, want)
+
+
+def run_small_problems():
+    """All operators on every type and kind of groups, in sizes that fill no block; for a process of its own."""
+    assert fused.obstacle(torch.float32, "cuda") == ""
+    for shape in SHAPES[:2]:
+        for dtype in BOUNDS:
+            for grouped in ("none", "host", "device"):
+                *sides, masks = problem(0, *shape, dtype, grouped)
+                masks = on_device((*masks[:6], None), host_groups=grouped == "host")
+                run_all(*on_device(sides), torch.tensor(0.02), *masks)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer of the CUDA toolkit on PATH")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_has_nothing_to_say(tool):
+    """No access outside of a tensor by any kernel, and no race for shared memory in those of the library."""
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no"]  # torch tries calls out
+    command += ["--kernel-name", "kernel_substring=tdro_tiles"] if tool == "racecheck" else []
+    code = "from tests.losses.test_cuda_device import run_small_problems; run_small_problems(); print('all ran')"
+    # Each tensor in memory of its own: what is read beyond it is another's in a block of torch's cache.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(
+        [*command, sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0 and "all ran" in done.stdout, done.stdout + done.stderr
+    assert "SUMMARY: 0 " in done.stdout, done.stdout
