@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from tdro_hpc.config.schema import LossConfig, ParallelConfig, TrainingConfig
+from tdro_hpc.config.schema import LoraConfig, LossConfig, ModelConfig, ParallelConfig, TrainingConfig
+from tdro_hpc.encoders.backbone import load_encoder
 from tdro_hpc.losses.gradcache import cached_backward, split_parts
+from tdro_hpc.losses.library import load
 from tdro_hpc.losses.score_block import build_score_block
 from tdro_hpc.parallel.gather import _reduce_scatter, gather_ids, gather_rows, gather_values
 from tdro_hpc.parallel.process import (
@@ -22,6 +24,7 @@ from tdro_hpc.parallel.torch_engine import TorchEngine
 from tests.reference.toy import ToyEncoder, rows_of_batch, toy_batch
 
 ROWS = 8  # of the batch of all ranks
+UNEVEN_ROWS = 11  # the same, where the ranks get different numbers of them
 CHUNK_TOKENS = 20
 POLICIES = ("group", "task", "batch", "world")
 TRAINING = TrainingConfig(learning_rate=0.01, warmup_steps=0, steps=10, max_grad_norm=0.5)
@@ -78,14 +81,30 @@ def check_cache(process, batch, other):
     return gradients(engine.encoder), len(split_parts(parts_of(other), CHUNK_TOKENS))
 
 
-def check_dropout_replay(process, batch):
+def toy_with_dropout():
+    return ToyEncoder(dropout=0.5)
+
+
+def tiny_with_dropout():
+    """A real backbone with an adapter that drops, checkpointing and autocast."""
+    encoder = load_encoder(
+        ModelConfig(name="tiny:qwen2", attention="sdpa", lora=LoraConfig(dropout=0.3)), device="cpu", seed=0
+    )
+    with torch.no_grad():
+        for parameter in encoder.parameters():  # a fresh adapter is zero and lets no gradient through one side
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return encoder
+
+
+def check_dropout_replay(process, batch, build):
     """Gradients of the cache under dropout, and of one graph over the same chunks, averaged by hand."""
-    engine = TorchEngine(ToyEncoder(dropout=0.5), process, TRAINING)
+    engine = TorchEngine(build(), process, TRAINING)
     torch.manual_seed(7 + process.data_rank)
     parts = parts_of(batch)
     loss = cached_backward(engine, parts, CHUNK_TOKENS, lambda e: losses_of(e, batch, "world").mean(), synchronise=True)
     state = torch.get_rng_state()
-    plain = ToyEncoder(dropout=0.5)
+    plain = build().train()
     torch.manual_seed(7 + process.data_rank)
     pieces = [(chunk, plain(chunk.tokens)) for chunk in split_parts(parts, CHUNK_TOKENS)]
     embeddings = []
@@ -94,11 +113,56 @@ def check_dropout_replay(process, batch):
         embeddings.append(torch.cat([piece for chunk, piece in pieces if chunk.part == part])[order.argsort()])
     plain_loss = losses_of(embeddings, batch, "world").mean()
     plain_loss.backward()
+    after = torch.get_rng_state()
     averaged = {name: sum_over_ranks(g) / process.data_size for name, g in gradients(plain).items()}
     return {
         "loss": (loss, plain_loss.detach()),
         "gradients": (gradients(engine.encoder), averaged),
-        "generators": (state, torch.get_rng_state()),
+        "generators": (state, after),
+        "drawn anew": [plain(pieces[0][0].tokens).detach() for _ in range(2)],
+    }
+
+
+def uneven_batch(own):
+    """Ids, embeddings [rows, 16] and [columns, 16] float64, and weights of the rows, of all ranks."""
+    batch = toy_batch(90, UNEVEN_ROWS)
+    if own:  # of one rank only
+        batch.own_negatives_only[0] = True
+    generator = torch.Generator().manual_seed(5)
+    sizes = UNEVEN_ROWS, len(batch.document_ids)
+    vectors = [torch.randn(size, 16, generator=generator, dtype=torch.float64) for size in sizes]
+    weights = torch.rand(UNEVEN_ROWS, generator=generator, dtype=torch.float64)
+    return batch, [torch.nn.functional.normalize(part, dim=1) for part in vectors], weights
+
+
+def check_columns(process, *, own, dtype, implementation, weighted):
+    """Losses of this rank's rows over the columns of all, and gradients of the weighted sum of those of all ranks."""
+    batch, (queries, documents), weights = uneven_batch(own)
+    rows = slices(process.data_size, UNEVEN_ROWS)[process.data_rank]
+    mine, per_query = rows_of_batch(batch, rows), len(documents) // len(queries)
+    columns = slice(rows.start * per_query, rows.stop * per_query)
+    queries, documents = (part.to(dtype).requires_grad_() for part in (queries[rows], documents[columns]))
+    loss = dataclasses.replace(LOSS, implementation=implementation)
+    block = build_score_block(queries, documents, mine, negatives="world", temperature=0.05, loss=loss)
+    assert block.ring_sizes is None and len(block.documents) == len(batch.document_ids)
+    if weighted:
+        total, losses = block.weighted(weights[rows].to(dtype))
+    else:
+        losses = block.row_losses()
+        total = (losses * weights[rows].to(dtype)).sum()
+    total.backward()
+    return {"losses": losses.detach(), "queries": queries.grad, "documents": documents.grad}
+
+
+def check_all_columns(process):
+    ways = [(torch.float64, "torch"), (torch.float32, "torch"), *([(torch.float32, "fused")] if load().cpu else [])]
+    return {
+        (own, str(dtype), implementation, weighted): check_columns(
+            process, own=own, dtype=dtype, implementation=implementation, weighted=weighted
+        )
+        for dtype, implementation in ways
+        for own in (False, True)
+        for weighted in (False, True)
     }
 
 
@@ -148,15 +212,17 @@ def check_all(process):
     world, rank = process.data_size, process.data_rank
     whole, other = toy_batch(1, ROWS, own_task=1), toy_batch(50, ROWS)
     mine, my_other = (rows_of_batch(batch, slices(world)[rank]) for batch in (whole, other))
-    uneven = toy_batch(90, ROWS + 3, own_task=0)
-    my_uneven = rows_of_batch(uneven, slices(world, ROWS + 3)[rank])
+    uneven = toy_batch(90, UNEVEN_ROWS, own_task=0)
+    my_uneven = rows_of_batch(uneven, slices(world, UNEVEN_ROWS)[rank])
     encoder = ToyEncoder()
     return {
         "policies": check_policies(process, mine),
         "cache": check_cache(process, mine, my_other),
-        "dropout": check_dropout_replay(process, mine),
+        "dropout": check_dropout_replay(process, mine, toy_with_dropout),
+        "backbone": check_dropout_replay(process, mine, tiny_with_dropout) if world == 2 else None,  # it takes its time
         "resume": check_resume(process, mine),
         "uneven": losses_of([encoder(part) for part in parts_of(my_uneven)], my_uneven, "world").detach(),
+        "columns": check_all_columns(process),
     }
 
 

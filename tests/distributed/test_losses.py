@@ -15,7 +15,10 @@ from tests.distributed.loss_rank import (
     losses_of,
     parts_of,
     slices,
+    uneven_batch,
 )
+from tests.reference.infonce import slow_infonce
+from tests.reference.loss_cases import needs_library
 from tests.reference.toy import ToyEncoder, rows_of_batch, toy_batch
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # float32 sums in another order, divided by a temperature of 0.05
@@ -80,8 +83,11 @@ def test_cached_and_accumulated_gradients_are_those_of_one_uncached_process(rank
 
 
 def test_cache_replays_dropout_on_every_rank(ranks, alone):
-    for rank in [alone, *ranks]:
-        found = rank["dropout"]
+    checked = [rank["dropout"] for rank in [alone, *ranks]]
+    checked += [rank["backbone"] for rank in ranks if len(ranks) == 2]
+    for found in checked:
+        assert not torch.allclose(*found["drawn anew"], atol=1e-3)
+        assert len(found["gradients"][0]) > 2 and all(part.abs().max() > 0 for part in found["gradients"][0].values())
         torch.testing.assert_close(*found["loss"], **CLOSE)
         torch.testing.assert_close(*found["gradients"], **CLOSE)
         assert torch.equal(*found["generators"]), "the generator ends where one pass would leave it"
@@ -120,3 +126,46 @@ def test_resumed_step_is_bit_equal_to_the_unbroken_one(ranks, alone):
 def test_world_losses_with_unequal_rows_are_those_of_one_process(ranks, alone):
     assert LOSS.mask_duplicates and LOSS.mask_known_positives
     torch.testing.assert_close(torch.cat([rank["uneven"] for rank in ranks]), alone["uneven"], **CLOSE)
+
+
+def uneven_by_hand(own):
+    """Losses of all rows and gradients of their weighted sum, float64, one row at a time."""
+    batch, vectors, weights = uneven_batch(own)
+    queries, documents = (part.requires_grad_() for part in vectors)
+    per_query = len(documents) // len(queries)
+    groups = (torch.arange(len(queries)) == 0).long()
+    losses = slow_infonce(
+        queries,
+        documents,
+        per_query * torch.arange(len(queries)),
+        temperature=0.05,
+        query_group=groups if own else None,
+        document_group=groups.repeat_interleave(per_query) if own else None,
+        document_ids=batch.document_ids,
+        known_positive_ids=batch.known_positive_ids,
+        false_negative_margin=LOSS.false_negative_margin,
+    )
+    (weights * losses).sum().backward()
+    return {"losses": losses.detach(), "queries": queries.grad, "documents": documents.grad}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["rows", "weighted"])
+@pytest.mark.parametrize("own", [False, True], ids=["all", "own"])
+@pytest.mark.parametrize(
+    ("dtype", "implementation"),
+    [
+        ("torch.float64", "torch"),
+        ("torch.float32", "torch"),
+        pytest.param("torch.float32", "fused", marks=needs_library),
+    ],
+)
+def test_gathered_columns_of_unequal_batches_are_those_of_one_batch(ranks, alone, dtype, implementation, own, weighted):
+    wanted = uneven_by_hand(own)
+    close = {"rtol": 1e-10, "atol": 1e-12} if dtype == "torch.float64" else CLOSE
+    assert wanted["losses"].min() > 0.01 and wanted["documents"].abs().max() > 0.1
+    assert len({len(rank["columns"][own, dtype, implementation, weighted]["losses"]) for rank in ranks}) > 1
+    for together in ([alone], ranks):
+        for name, value in wanted.items():
+            found = torch.cat([rank["columns"][own, dtype, implementation, weighted][name] for rank in together])
+            assert str(found.dtype) == dtype
+            torch.testing.assert_close(found.double(), value, **close)
