@@ -40,6 +40,7 @@ build: $(VENV)/installed
 OTHER_TORCH ?= torch==2.10.0
 wheel-check: $(VENV)/installed
 	rm -rf build/wheel-check
+	@$(BIN)/python -c "import torch; print('built with torch', torch.__version__)"
 	$(BIN)/pip wheel -q --no-deps -w build/wheel-check .
 	$(PYTHON) -m venv build/wheel-check/venv
 	build/wheel-check/venv/bin/pip install -q "$(OTHER_TORCH)" build/wheel-check/*-none-linux_*.whl

@@ -70,6 +70,15 @@ def test_the_library_is_built_before_the_tests_and_the_demo_and_required_by_make
     assert (checkout / "runs.txt").read_text().splitlines() == [f"{build} --required"]
 
 
+def test_wheel_check_runs_what_the_wheel_brings_under_another_torch(checkout: Path):
+    make(checkout, "wheel-check", "OTHER_TORCH=torch==9.9")
+    *_, wheel, install = (checkout / "installs.txt").read_text().splitlines()
+    assert wheel == "wheel -q --no-deps -w build/wheel-check ."
+    assert install == "install -q torch==9.9 build/wheel-check/*-none-linux_*.whl"  # with the library, or none fits
+    assert "torch.__version__" in (checkout / "runs.txt").read_text()  # the one that builds it
+    assert (checkout / "build/wheel-check/runs.txt").read_text() == "-m tdro_hpc.info\n"  # not in the checkout
+
+
 @pytest.mark.parametrize("failing", ["--ignore=tests/cluster", "tests/cluster"])
 def test_make_test_fails_and_shows_it_when_either_half_fails(checkout: Path, failing: str):
     make(checkout, ".venv/installed")
