@@ -135,16 +135,18 @@ def uneven_batch(own):
     return batch, [torch.nn.functional.normalize(part, dim=1) for part in vectors], weights
 
 
-def check_columns(process, *, own, dtype, implementation, weighted):
+def check_columns(process, *, way, own, dtype, implementation, weighted):
     """Losses of this rank's rows over the columns of all, and gradients of the weighted sum of those of all ranks."""
     batch, (queries, documents), weights = uneven_batch(own)
     rows = slices(process.data_size, UNEVEN_ROWS)[process.data_rank]
     mine, per_query = rows_of_batch(batch, rows), len(documents) // len(queries)
     columns = slice(rows.start * per_query, rows.stop * per_query)
     queries, documents = (part.to(dtype).requires_grad_() for part in (queries[rows], documents[columns]))
-    loss = dataclasses.replace(LOSS, implementation=implementation)
+    loss = dataclasses.replace(LOSS, implementation=implementation, ring_above_mb=0 if way == "ring" else 2048)
     block = build_score_block(queries, documents, mine, negatives="world", temperature=0.05, loss=loss)
-    assert block.ring_sizes is None and len(block.documents) == len(batch.document_ids)
+    ring = way == "ring" and process.data_size > 1
+    assert (block.ring_sizes is not None) == ring
+    assert len(block.documents) == (len(documents) if ring else len(batch.document_ids))
     if weighted:
         total, losses = block.weighted(weights[rows].to(dtype))
     else:
@@ -157,10 +159,11 @@ def check_columns(process, *, own, dtype, implementation, weighted):
 def check_all_columns(process):
     ways = [(torch.float64, "torch"), (torch.float32, "torch"), *([(torch.float32, "fused")] if load().cpu else [])]
     return {
-        (own, str(dtype), implementation, weighted): check_columns(
-            process, own=own, dtype=dtype, implementation=implementation, weighted=weighted
+        (way, own, str(dtype), implementation, weighted): check_columns(
+            process, way=way, own=own, dtype=dtype, implementation=implementation, weighted=weighted
         )
         for dtype, implementation in ways
+        for way in ("gather", "ring")
         for own in (False, True)
         for weighted in (False, True)
     }

@@ -31,6 +31,20 @@ def test_one_rank_alone_gets_the_loss_of_its_columns(dtype, implementation):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_temperature_may_be_learned(implementation):
+    queries, documents, positives = problem()
+    temperatures = [torch.tensor(0.1, requires_grad=True) for _ in range(2)]
+    options = {"implementation": implementation}
+    losses = ring_infonce(queries, documents, positives, sizes=[len(documents)], temperature=temperatures[0], **options)
+    wanted = grouped_infonce(queries, documents, positives, temperature=temperatures[1], **options)
+    upstream = torch.linspace(-1, 2, ROWS)
+    (upstream * losses).sum().backward()
+    (upstream * wanted).sum().backward()
+    assert temperatures[1].grad.abs() > 1
+    torch.testing.assert_close(temperatures[0].grad, temperatures[1].grad, rtol=1e-5, atol=0)
+
+
 def test_side_without_gradient_gets_none_and_losses_alone_make_no_graph():
     queries, documents, positives = problem()
     losses = ring_infonce(queries, documents.detach(), positives, sizes=[len(documents)], temperature=0.1)
