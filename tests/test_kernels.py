@@ -71,13 +71,14 @@ def test_older_processors_get_the_same_losses(real: tuple[Path, str], tmp_path: 
 
 def check_path(root: Path, path: str) -> None:
     """The library of a checkout takes a path, is found right by info, and passes the tests of the loss."""
-    for name in ("conftest.py", "reference", "losses/test_infonce.py"):
+    for name in ("conftest.py", "reference", "losses/test_infonce.py", "losses/test_infonce_large.py"):
         copy = shutil.copytree if (ROOT / "tests" / name).is_dir() else shutil.copy
         (root / "tests/losses").mkdir(parents=True, exist_ok=True)
         copy(ROOT / "tests" / name, root / "tests" / name)
+    chosen = "fused and (test_infonce.py or 512-385-all-)"  # small cases, and one of each type in several panels
     code = (
         "import sys, pytest; from tdro_hpc import info\n"
-        "sys.exit(info.main([]) or pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'fused', 'tests/losses']))"
+        f"sys.exit(info.main([]) or pytest.main(['-q', '-p', 'no:cacheprovider', '-k', '{chosen}', 'tests/losses']))"
     )
     command, environment = [sys.executable, "-c", code], os.environ | {"CI": "true"}  # no library: no skipped tests
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
