@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> infonce_losses(Tensor queries, Tensor documen
                                                   MaybeTensor document_group, MaybeTensor column_ids,
                                                   MaybeTensor positive_ids, MaybeTensor known_ids,
                                                   std::optional<double> margin, MaybeTensor log_weights,
-                                                  int64_t workspace) {
+                                                  bool keep, int64_t workspace) {
   tdro::Problem problem =
       problem_of(queries, documents, positives, temperature,
                  {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> infonce_losses(Tensor queries, Tensor documen
   Tensor losses = floats(queries, {problem.rows});
   std::optional<Tensor> kept;
   const auto room_for = [&](int64_t room) { return items<float>(kept.emplace(floats(queries, {room}))); };
-  tdro::losses(problem, parallel, items<float>(scores), items<float>(losses), workspace ? room_for : tdro::RoomFor());
+  tdro::losses(problem, parallel, items<float>(scores), items<float>(losses), keep ? room_for : tdro::RoomFor());
   return {losses, scores, kept ? *kept : floats(queries, {0})};
 }
 
@@ -170,10 +170,11 @@ std::tuple<Tensor, Tensor> infonce_losses_backward(Tensor queries, Tensor docume
                                                    MaybeTensor positive_ids, MaybeTensor known_ids,
                                                    std::optional<double> margin, MaybeTensor log_weights, Tensor losses,
                                                    Tensor positive_scores, Tensor kept, Tensor row_weights,
-                                                    bool of_queries, bool of_documents) {
-  const tdro::Problem problem =
+                                                    int64_t workspace, bool of_queries, bool of_documents) {
+  tdro::Problem problem =
       problem_of(queries, documents, positives, temperature,
                  {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
+  problem.workspace = workspace - SLACK_BYTES;
   Tensor for_queries = gradient_of(queries, of_queries), for_documents = gradient_of(documents, of_documents);
   tdro::losses_backward(problem, torch_threads(), items<float>(positive_scores), items<float>(losses),
                         items<float>(row_weights), items<float>(kept), kept.size(0),
@@ -239,9 +240,9 @@ STABLE_TORCH_LIBRARY(tdro_hpc, library) {
   library.def("infonce_forward_backward(Tensor queries, Tensor documents, Tensor positives, Tensor row_weights, "
               "Tensor temperature, " MASKS ") -> (Tensor, Tensor, Tensor)");
   library.def("infonce_losses(Tensor queries, Tensor documents, Tensor positives, Tensor temperature, " MASKS
-              ", int workspace) -> (Tensor, Tensor, Tensor)");
+              ", bool keep, int workspace) -> (Tensor, Tensor, Tensor)");
   library.def("infonce_losses_backward(Tensor queries, Tensor documents, Tensor positives, Tensor temperature, " MASKS
-              ", Tensor losses, Tensor positive_scores, Tensor kept, Tensor row_weights, bool of_queries, "
+              ", Tensor losses, Tensor positive_scores, Tensor kept, Tensor row_weights, int workspace, bool of_queries, "
               "bool of_documents) -> (Tensor, Tensor)");
   library.def("infonce_gradients(Tensor queries, Tensor documents, Tensor positives, Tensor temperature, " MASKS
               ", Tensor row_weights, int workspace, bool of_queries, bool of_documents) "

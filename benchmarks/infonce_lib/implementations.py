@@ -82,6 +82,8 @@ def _ours(note: str, first: Callable[..., Step], variant: str = "plain", **fixed
 OURS = {
     "mean": _ours("ours, `weighted_infonce` with weights 1 / B: the mean loss", mean_first),
     "rows": _ours("ours, `grouped_infonce(...).mean()`: one loss a row, weighted afterwards", rows_first),
+    "mean 256 MB": _ours("ours, mean with `workspace_mb=256`", mean_first, workspace_mb=256),
+    "rows 256 MB": _ours("ours, rows with `workspace_mb=256`", rows_first, workspace_mb=256),
     "torch tiles": _ours("ours, `implementation='torch'`", mean_first, implementation="torch"),
     "symmetric": _ours("ours, mean with `symmetric=True`", mean_first, "symmetric"),
     "ids": _ours("ours, mean with `document_ids`, each text twice among the columns", mean_first, "ids"),

@@ -62,7 +62,7 @@ FLOAT32_GOALS = (
 TIME_TABLES = {
     "float32": TimeTable(
         "Time of loss and gradients, float32 embeddings",
-        (*PEERS, "torch tiles", "rows", "mean"),
+        (*PEERS, "torch tiles", "rows", "mean", "rows 256 MB", "mean 256 MB"),
         "naive",
         shapes_of((64, 256, 1024, 4096, 16384), (0, 7), (384, 1024)),
         FLOAT32_GOALS,
@@ -76,7 +76,10 @@ TIME_TABLES = {
     ),
     "bf16": TimeTable(
         "Time with bfloat16 embeddings and float32 scores",
-        ("naive", "naive bf16", "torch chunked 256 bf16", "tiled probe bf16", "mean", "rows bf16", "mean bf16"),
+        (
+            *("naive", "naive bf16", "torch chunked 256 bf16", "tiled probe bf16"),
+            *("mean", "rows bf16", "mean bf16", "rows 256 MB bf16", "mean 256 MB bf16"),
+        ),
         "naive",
         shapes_of((1024, 4096, 16384), (0, 7), (384, 1024)),
         (Goal("mean bf16", ("naive",), 0.22, _large),),

@@ -61,7 +61,8 @@ void losses_backward(const Problem& problem, const Parallel& parallel, const flo
                      const float* losses, const float* row_weights, const float* kept, int64_t kept_floats,
                      float* query_gradient, float* document_gradient);
 
-// Row losses and the gradients of sum(row_weights * losses) in one go: three matrix products.
+// Row losses and the gradients of sum(row_weights * losses) in one go: three matrix products, or four where the
+// exponentials of 32 rows do not fit the workspace.
 void forward_backward(const Problem& problem, const Parallel& parallel, const float* positive_scores,
                       const float* row_weights, float* losses, float* query_gradient, float* document_gradient);
 

@@ -47,7 +47,7 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
   const int64_t threads = std::min<int64_t>(parallel.threads, sizes.strips);
   for (int64_t i = 0; i < threads; ++i) scratch_.emplace_back(int(i), lanes, sizes.tile_columns, kernels_.pairs);
   for (int64_t i = 0; i < (sizes.hold ? tiles_ : threads); ++i)
-    packed_.emplace_back(sizes.tile_columns, problem_.width, kernels_.pairs);
+    packed_.emplace_back(sizes.tile_columns, problem_.width, kernels_.pairs, of_queries_);
 }
 
 void GroupRun::run() {
@@ -240,8 +240,7 @@ Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const int64_t tile = ((even + tiles - 1) / tiles + 3) / 4 * 4;           // products take 12, 8 or 4 at a time
   Sizes sizes{std::min(rows, MAX_PANEL_ROWS), tile, std::min(strips, (columns + tile - 1) / tile),
               call.row_weights != nullptr, 4 * columns * width <= HELD_BYTES};
-  if (!sizes.keep) return sizes;
-  const int64_t bytes_a_row = 4 * (columns + tile + (strips + 2) * width);
+  const int64_t bytes_a_row = 4 * ((sizes.keep ? columns : 0) + tile + (strips + 2) * width);
   const int64_t fitting = workspace / bytes_a_row / LANES * LANES;
   sizes.panel_rows = std::min(sizes.panel_rows, std::max<int64_t>(fitting, LANES));
   return sizes;

@@ -43,7 +43,8 @@ struct Sizes {
   bool hold;  // all documents packed, so that they are packed once
 };
 
-// Sizes for a group. keep only where a panel of them fits into `workspace` bytes.
+// Sizes for a group, with as many rows a panel as fit into `workspace` bytes. A forward that keeps exponentials for a
+// backward has the sizes of that.
 Sizes sizes_of(const Group& group, const Call& call, int64_t workspace);
 
 // Floats that the exponentials of a panel of a group take, and those of the memory that its gradients take meanwhile.

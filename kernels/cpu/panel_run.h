@@ -34,9 +34,9 @@ struct Scratch {
 
 // A tile's documents, packed for the scores and for dQ; the same for both but in pairs.
 struct PackedTile {
-  PackedTile(int64_t columns, int64_t width, bool pairs)
+  PackedTile(int64_t columns, int64_t width, bool pairs, bool of_queries)
       : for_scores(blocks_of(width) * columns * (pairs ? LANES / 2 : LANES)),
-        pairs_for_queries(pairs ? blocks_of(width) * columns / 2 * LANES : 0) {}
+        pairs_for_queries(pairs && of_queries ? blocks_of(width) * columns / 2 * LANES : 0) {}
 
   Buffer<uint32_t> for_scores, pairs_for_queries;
 };

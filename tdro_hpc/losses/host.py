@@ -61,8 +61,9 @@ def losses(problem: Problem, room: int, keep: bool) -> tuple[Tensor, Tensor, Ten
 
     keep   whether that follows: as much is kept as the room allows, and those scores are not computed again
     """
-    left = room - _bytes_of_sums(problem, (True, True)) if keep else 0
-    return torch.ops.tdro_hpc.infonce_losses.default(*problem, max(left, 0))
+    in_parts = _bytes_of_sums(problem, (True, True)) > room
+    workspace = room if in_parts else _left(problem, room)
+    return torch.ops.tdro_hpc.infonce_losses.default(*problem, keep and not in_parts, workspace)
 
 
 def losses_backward(
@@ -72,13 +73,14 @@ def losses_backward(
 
     returns   each in the type of the embeddings, empty where it is not asked for
     """
-    if _bytes_of_sums(problem, sides) <= room:
-        gradients = torch.ops.tdro_hpc.infonce_losses_backward.default(*problem, *found, row_weights, *sides)
+    if _bytes_of_sums(problem, (True, True)) <= room:
+        left = _left(problem, room)
+        gradients = torch.ops.tdro_hpc.infonce_losses_backward.default(*problem, *found, row_weights, left, *sides)
         return _in_type(list(gradients), problem.queries.dtype)
     row_losses, scores, _ = found
     of_queries = problem.queries.new_empty(problem.queries.shape if sides[0] else (0,))
     for part in _parts(of_queries, room):
-        of_queries[part] = _of_part(problem.of_rows(part), row_losses[part], scores[part], row_weights[part], 0)
+        of_queries[part] = _of_part(problem.of_rows(part), row_losses[part], scores[part], row_weights[part], room, 0)
     return [of_queries, _documents_by_parts(problem, row_losses, scores, row_weights, room, sides)]
 
 
@@ -104,22 +106,22 @@ def _documents_by_parts(
 ) -> Tensor:
     of_documents = problem.documents.new_empty(problem.documents.shape if sides[1] else (0,))
     for part in _parts(of_documents, room):
-        of_documents[part] = _of_part(problem.of_columns(part), row_losses, scores, row_weights, 1)
+        of_documents[part] = _of_part(problem.of_columns(part), row_losses, scores, row_weights, room, 1)
     return of_documents
 
 
-def _of_part(problem: Problem, row_losses: Tensor, scores: Tensor, row_weights: Tensor, side: int) -> Tensor:
+def _of_part(problem: Problem, row_losses: Tensor, scores: Tensor, row_weights: Tensor, room: int, side: int) -> Tensor:
     """The float32 gradient of one side of a part."""
     found = row_losses, scores, row_losses.new_empty(0)
     operator = torch.ops.tdro_hpc.infonce_losses_backward.default
-    return operator(*problem, *found, row_weights, side == 0, side == 1)[side]
+    return operator(*problem, *found, row_weights, room // 2, side == 0, side == 1)[side]
 
 
 def _parts(embeddings: Tensor, room: int) -> Iterator[slice]:
-    """Parts whose float32 gradients take a quarter of the room, in blocks of the library's panels and tiles."""
+    """Parts whose float32 gradients take an eighth of the room, in blocks of the library's panels and tiles."""
     if len(embeddings) == 0:
         return
-    fitting = room // 4 // max(4 * embeddings.shape[1], 1)
+    fitting = room // 8 // max(4 * embeddings.shape[1], 1)
     size = max(fitting // 768 * 768, 256)
     for start in range(0, len(embeddings), size):
         yield slice(start, min(start + size, len(embeddings)))
@@ -130,6 +132,11 @@ def _bytes_of_sums(problem: Problem, sides: Sides) -> int:
     if problem.queries.dtype == torch.float32:
         return 0
     return 4 * (problem.queries.numel() * sides[0] + problem.documents.numel() * sides[1])
+
+
+def _left(problem: Problem, room: int) -> int:
+    """What a call of the library may use beside sums that fit, and beside what they are turned into."""
+    return max(room - _bytes_of_sums(problem, (True, True)) * 5 // 4, room // 4)
 
 
 def _in_type(gradients: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -30,14 +30,14 @@ def library():
 def test_the_operators_of_the_host_keep_to_their_schema_and_their_shapes(library, masked):
     queries, documents, positives, temperature, masks = problem(masked=masked)
     inputs, weights = (queries, documents, positives, temperature, *masks), torch.linspace(-1, 2, 6)
-    found = library.infonce_losses(*inputs, 1 << 24)
+    found = library.infonce_losses(*inputs, True, 1 << 24)
     assert found[2].numel() > 0
     # What it keeps is for losses_backward only, and some of that memory is never written: no two calls give the same.
     torch.library.opcheck(
-        library.infonce_losses.default, (*inputs, 1 << 24), test_utils=("test_schema", "test_faketensor")
+        library.infonce_losses.default, (*inputs, True, 1 << 24), test_utils=("test_schema", "test_faketensor")
     )
     for sides in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(library.infonce_losses_backward.default, (*inputs, *found, weights, *sides))
+        torch.library.opcheck(library.infonce_losses_backward.default, (*inputs, *found, weights, 1 << 24, *sides))
         torch.library.opcheck(library.infonce_gradients.default, (*inputs, weights, 1 << 24, *sides))
 
 
