@@ -26,6 +26,9 @@ void GroupRun::shares_of(const Tile& tile, int64_t number, Scratch& scratch) con
       }
     }
     kernels_.shares(shares, row_blocks_, tile.padded, totals_.data(), factors_.data(), totals, factors);
+    if (totals && kernels_.pairs && rows_ % 2)  // the last row's neighbour is none, and may be near to such a column
+      for (int64_t c = 0; c < tile.padded; ++c)
+        shares[(rows_ / LANES * tile.padded + c) * LANES + rows_ % LANES] = 0.0f;
   }
   for (int64_t i = 0; i < rows_; ++i) {
     const int64_t column = place_[i] - tile.first;
