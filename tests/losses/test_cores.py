@@ -170,8 +170,9 @@ def test_no_tensor_is_as_large_as_the_scores(implementation, loss):
     ids = torch.arange(columns)
     known = torch.full((rows, 1), -1)
     groups = {"query_group": torch.zeros(rows, dtype=torch.int64), "document_group": torch.zeros_like(ids)}
+    own = {"query_group": torch.arange(rows), "document_group": ids // (columns // rows)}
     every = {"document_ids": ids, "known_positive_ids": known, "false_negative_margin": 0.1}
-    for options in ({}, groups, every, {"symmetric": True}):
+    for options in ({}, groups, own, every, {"symmetric": True}, own | {"symmetric": True}):
         watch = watched(loss, rows, columns, implementation=implementation, **options)
         assert watch.largest <= limit < rows * columns / 8
 
