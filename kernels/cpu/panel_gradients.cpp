@@ -105,7 +105,8 @@ void GroupRun::end_panel() {
       if (!kernels_.pairs) continue;
       float lost = 0.0f;
       for (int64_t strip = 0; strip < sizes_.strips; ++strip) lost += strip_sums_[strip * lanes_ + i];
-      read_row(documents, group_.columns.member(std::max<int64_t>(place_[i], 0)), positive.data());
+      const int64_t own = problem_.positives[row];  // which may be in another group, or not among these columns
+      read_row(documents, own >= 0 && own < problem_.columns ? own : group_.columns.member(0), positive.data());
       for (int64_t k = 0; k < problem_.width; ++k) target[k] += lost * positive[k];
     }
   });
