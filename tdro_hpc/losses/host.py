@@ -118,11 +118,10 @@ def _of_part(problem: Problem, row_losses: Tensor, scores: Tensor, row_weights: 
 
 
 def _parts(embeddings: Tensor, room: int) -> Iterator[slice]:
-    """Parts whose float32 gradients take an eighth of the room, in blocks of the library's panels and tiles."""
+    """Parts whose float32 gradients take an eighth of the room, in whole panels of the library."""
     if len(embeddings) == 0:
         return
-    fitting = room // 8 // max(4 * embeddings.shape[1], 1)
-    size = max(fitting // 768 * 768, 256)
+    size = max(room // 8 // max(4 * embeddings.shape[1], 1) // 256 * 256, 256)
     for start in range(0, len(embeddings), size):
         yield slice(start, min(start + size, len(embeddings)))
 
