@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from tests.cluster.counted import order
 from tests.cluster.stops import has_come, held, results, send
 from tests.cluster.user import User, training_words
 
@@ -82,7 +83,7 @@ def test_a_time_limit_reached_twice_changes_no_bit(user: User) -> None:
 def test_where_requeue_is_forbidden_links_go_on(user: User) -> None:
     user.file("links").mkdir(parents=True)
     user.file("links", "orders.json").write_text('{"stage": "s2-curr", "rank": 1, "step": 3, "how": "raise"}')
-    line = ["stage=all", "s0.steps=8", "cluster.requeue=links", "cluster.max_restarts=1"]
+    line = ["stage=all", "s0.steps=30", "cluster.requeue=links", "cluster.max_restarts=1"]  # a signal comes in between
     user.count(*line, name="links")
     stages = ("s0", "s1", "s2-curr", "eval")
     jobs = {stage: [str(row["job"]) for row in user.rows("links", stage, "submit")] for stage in stages}
@@ -96,7 +97,7 @@ def test_where_requeue_is_forbidden_links_go_on(user: User) -> None:
     stopped = user.rows("links", "s0", "stopped")
     assert [row["then"] for row in stopped] == ["the next link continues (2 of 2)"]
     assert [row["job"] for row in user.rows("links", "s0", "start")] == [first, second]
-    assert user.file("links", "s0", "out", "model", "total.txt").read_text() == "36"
+    assert user.file("links", "s0", "out", "model", "total.txt").read_text() == str(sum(range(31)))
     assert user.cluster.job(first)["ExitCode"] == "75:0"
 
     # s1 is done by its first link, s2-curr crashes in its first: what comes after either has nothing to do.
@@ -117,17 +118,25 @@ def test_where_requeue_is_forbidden_links_go_on(user: User) -> None:
 def test_scancel_and_used_up_restarts_end_a_stage_that_the_same_line_continues(user: User) -> None:
     lines = {"used": [*TWO, "cluster.max_restarts=1"], "asked": TWO, "ended": TWO}
     for name, line in lines.items():
+        order(
+            user, name, stage="s0", rank=0, step=3, how="wait", until="told"
+        )  # else it may be done before the others run
         user.count(*line, name=name)
     first = {name: user.job(name, "s0") for name in lines}
     waiting = {name: user.job(name, "s1") for name in lines}
 
     send(user, "used", "s0", signal.SIGUSR2, step=2)
+    order(user, "used", stage="s0", rank=0, step=6, how="wait", until="told again")
+    user.file("used", "told").touch()
     send(user, "asked", "s0", signal.SIGTERM, step=2)
+    user.file("asked", "told").touch()
     with held(user, "ended", "s0", step=2):
+        user.file("ended", "told").touch()
         user.cluster.run("scancel", first["ended"])
         user.wait(lambda: user.cluster.state(first["ended"]) == "CANCELLED")
     user.wait(lambda: len(user.rows("used", "s0", "start")) == 2)
     send(user, "used", "s0", signal.SIGUSR2, step=4)
+    user.file("used", "told again").touch()
     user.wait_gone(*first.values(), *waiting.values())
 
     expected = {
