@@ -192,6 +192,7 @@ void losses_backward(const Problem& problem, const Parallel& parallel, const flo
   const Ids ids = number_ids(problem);
   Call call{problem, kernels_for(problem.type), groups, ids, positive_scores};
   call.shares = &shares;
+  call.all_columns = true;
   call.query_gradient = query_gradient;
   call.document_gradient = document_gradient;
   clear_gradients(call);
@@ -215,6 +216,7 @@ void forward_backward(const Problem& problem, const Parallel& parallel, const fl
   call.document_gradient = document_gradient;
   call.row_weights = row_weights;
   call.losses = losses;
+  call.all_columns = true;
   clear_gradients(call);
   run_groups(call, parallel);
   if (!problem.query_group) return;

@@ -6,7 +6,7 @@
 namespace tdro {
 
 // Into scratch.scores: the share of each pair in the gradient, over the temperature.
-void GroupRun::shares_of(const Tile& tile, int64_t number, Scratch& scratch) const {
+void GroupRun::shares_of(const Tile& tile, int64_t number, int64_t strip, Scratch& scratch) {
   float* shares = scratch.scores.data();
   if (kept_) {
     const float* highest = kept_highest_ + number * lanes_;
@@ -30,6 +30,8 @@ void GroupRun::shares_of(const Tile& tile, int64_t number, Scratch& scratch) con
       for (int64_t c = 0; c < tile.padded; ++c)
         shares[(rows_ / LANES * tile.padded + c) * LANES + rows_ % LANES] = 0.0f;
   }
+  if (call_.all_columns && of_queries_)
+    kernels_.take_rows(shares, row_blocks_, tile.padded, &strip_sums_[strip * lanes_]);
   for (int64_t i = 0; i < rows_; ++i) {
     const int64_t column = place_[i] - tile.first;
     if (column >= 0 && column < tile.count)
@@ -38,11 +40,11 @@ void GroupRun::shares_of(const Tile& tile, int64_t number, Scratch& scratch) con
 }
 
 void GroupRun::gradients_of_strip(int64_t strip, Scratch& scratch) {
-  std::fill_n(&strip_sums_[strip * lanes_], lanes_, 0.0f);  // from here on: what rounding took from the row's shares
+  std::fill_n(&strip_sums_[strip * lanes_], lanes_, 0.0f);  // from here on: what the row's shares lack of 0
   for (int64_t number = strip_start(strip); number < strip_start(strip + 1); ++number) {
     const Tile tile = tile_at(number, scratch.thread);
     pack_documents(tile, true);
-    shares_of(tile, number, scratch);
+    shares_of(tile, number, strip, scratch);
     add_gradients(tile, strip, number == strip_start(strip), scratch);
   }
 }
@@ -88,11 +90,12 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
 }
 
 // The strips' parts of the queries' gradients, added in the order of the strips. A row's shares add up to 0, so that
-// what its documents have in common cancels; rounded to bfloat16 not quite: the positive gets what was lost.
+// what its documents have in common cancels; formed of rounded scores, or rounded to bfloat16, not quite: the positive
+// gets what they lack.
 void GroupRun::end_panel() {
   const Rows documents{problem_.documents, problem_.type, problem_.width, 0, problem_.columns, nullptr};
   parallel_.run(row_blocks_, [&](int64_t block, int) {
-    std::vector<float> positive(kernels_.pairs ? problem_.width : 0);
+    std::vector<float> positive(problem_.width);
     for (int64_t i = block * LANES; i < std::min(rows_, (block + 1) * LANES); ++i) {
       const int64_t row = group_.rows.member(first_ + i);
       float* target = call_.query_gradient + row * problem_.width;
@@ -102,8 +105,8 @@ void GroupRun::end_panel() {
           kernels_.add_lanes(target + dim * LANES, &query_parts_[((strip * dims_ + dim) * lanes_ + i) * LANES], width,
                              strip > 0);
       }
-      if (!kernels_.pairs) continue;
-      float lost = 0.0f;
+      if (!kernels_.pairs && !call_.all_columns) continue;
+      float lost = call_.all_columns ? -positive_factors_[i] : 0.0f;
       for (int64_t strip = 0; strip < sizes_.strips; ++strip) lost += strip_sums_[strip * lanes_ + i];
       const int64_t own = problem_.positives[row];  // which may be in another group, or not among these columns
       read_row(documents, own >= 0 && own < problem_.columns ? own : group_.columns.member(0), positive.data());

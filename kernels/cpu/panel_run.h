@@ -66,7 +66,7 @@ class GroupRun {
   void raw_scores(const Tile& tile, float* scores) const;
   void finish(const Tile& tile, Scratch& scratch, float* scores, float* highest) const;
   void merge_columns(const Tile& tile, Scratch& scratch, const float* scores);
-  void shares_of(const Tile& tile, int64_t number, Scratch& scratch) const;
+  void shares_of(const Tile& tile, int64_t number, int64_t strip, Scratch& scratch);
   void add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch);
   int64_t strip_start(int64_t strip) const { return strip * tiles_ / sizes_.strips; }
 

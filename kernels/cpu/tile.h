@@ -64,6 +64,8 @@ struct TileKernels {
                  const float* column_totals, const float* column_factors);
   // values[row block][column][row] *= factors[row], into `out`.
   void (*scale_rows)(const float* values, float* out, int64_t row_blocks, int64_t columns, const float* factors);
+  // rest[row] -= the sum of its values.
+  void (*take_rows)(const float* values, int64_t row_blocks, int64_t columns, float* rest);
   // target[32 lanes] (+)= source, n lanes of it.
   void (*add_lanes)(float* target, const float* source, int64_t lanes, bool add);
   float (*dot)(const float* a, const float* b, int64_t width);

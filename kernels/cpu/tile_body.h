@@ -198,6 +198,17 @@ void scale_rows(const float* values, float* out, int64_t row_blocks, int64_t col
   }
 }
 
+void take_rows(const float* values, int64_t row_blocks, int64_t columns, float* rest) {
+  for (int64_t block = 0; block < row_blocks; ++block)
+    for (int first = 0; first < LANES; first += WIDTH) {
+      const float* tile = values + block * columns * LANES + first;
+      Vector sum{};
+      for (int64_t column = 0; column < columns; ++column, tile += LANES) sum += load(tile);
+      float* const to = rest + block * LANES + first;
+      store(to, load(to) - sum);
+    }
+}
+
 void add_lanes(float* target, const float* source, int64_t lanes, bool add) {
   if (lanes == LANES) {
     for (int v = 0; v < VECTORS; ++v) {
