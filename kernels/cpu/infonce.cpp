@@ -202,14 +202,16 @@ void losses_backward(const Problem& problem, const Parallel& parallel, const flo
 
 void forward_backward(const Problem& problem, const Parallel& parallel, const float* positive_scores,
                       const float* row_weights, float* losses, float* query_gradient, float* document_gradient) {
-  if (problem.columns * LANES * int64_t(sizeof(float)) > problem.workspace) {  // no panel of exponentials fits
+  const Groups groups = find_groups(problem);
+  int64_t most = 0;  // columns of a group
+  for (const Group& group : groups.groups) most = std::max(most, group.columns.count);
+  if (most * LANES * int64_t(sizeof(float)) > problem.workspace) {  // no panel of exponentials fits
     tdro::losses(problem, parallel, positive_scores, losses, RoomFor());
     losses_backward(problem, parallel, positive_scores, losses, row_weights, nullptr, 0, query_gradient,
                     document_gradient);
     return;
   }
   std::fill_n(losses, problem.rows, 0.0f);  // of a row without columns
-  const Groups groups = find_groups(problem);
   const Ids ids = number_ids(problem);
   Call call{problem, kernels_for(problem.type), groups, ids, positive_scores};
   call.query_gradient = query_gradient;
