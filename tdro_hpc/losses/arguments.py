@@ -9,20 +9,40 @@ from torch import Tensor
 HALF = torch.bfloat16, torch.float16
 
 
-class Arguments(NamedTuple):
-    """What both losses hand to autograd, in its order; all of it is contiguous."""
+class Problem(NamedTuple):
+    """What the operators of the loss take first, in their order; all of it is contiguous."""
 
     queries: Tensor  # [rows, width]
     documents: Tensor  # [columns, width], of one float type with the queries
-    temperature: Tensor  # [], of the type of the sums
     positives: Tensor  # int64 [rows]
+    temperature: Tensor  # [], of the type of the sums
     query_group: Tensor | None  # int64 [rows]
     document_group: Tensor | None  # int64 [columns]
     column_ids: Tensor | None  # int64 [columns]
     positive_ids: Tensor | None  # int64 [rows]: columns with this id are not negatives
     known_ids: Tensor | None  # int64 [rows, known]: nor are those with one of these; -1 = none
-    log_weights: Tensor | None  # [columns], of the type of the sums
     margin: float | None  # in units of q . d
+    log_weights: Tensor | None  # [columns], of the type of the sums
+
+    def of_rows(self, part: slice) -> "Problem":
+        """The same with some of the rows."""
+        return self._replace(
+            queries=self.queries[part],
+            positives=self.positives[part],
+            query_group=_part(self.query_group, part),
+            positive_ids=_part(self.positive_ids, part),
+            known_ids=_part(self.known_ids, part),
+        )
+
+    def of_columns(self, part: slice) -> "Problem":
+        """The same with some of the columns; most positives are not among them then."""
+        return self._replace(
+            documents=self.documents[part],
+            positives=self.positives - part.start,
+            document_group=_part(self.document_group, part),
+            column_ids=_part(self.column_ids, part),
+            log_weights=_part(self.log_weights, part),
+        )
 
 
 def checked_arguments(
@@ -38,7 +58,7 @@ def checked_arguments(
     keep_duplicates: bool,
     column_weights: Tensor | None,
     symmetric: bool,
-) -> Arguments:
+) -> Problem:
     """The arguments of grouped_infonce in the types that the sums take.
 
     raises  ValueError for wrong shapes, types, devices and values, and for arguments that do not go together;
@@ -68,18 +88,18 @@ def checked_arguments(
     column_ids = None if keep_duplicates and known_positive_ids is None else document_ids
     # index_select refuses numbers below 0, which would count from the end.
     positive_ids = None if keep_duplicates or column_ids is None else column_ids.index_select(0, positives)
-    return Arguments(
+    return Problem(
         queries,
         documents,
-        _checked_temperature(temperature, queries),
         positives,
+        _checked_temperature(temperature, queries),
         query_group,
         document_group,
         column_ids,
         positive_ids,
         known_positive_ids,
-        None if column_weights is None else _log_weights(column_weights, queries, columns),
         false_negative_margin,
+        None if column_weights is None else _log_weights(column_weights, queries, columns),
     )
 
 
@@ -184,3 +204,7 @@ def _check_shape(name: str, given: Tensor, shape: tuple[int | None, ...], querie
 
 def _dtype_of_sums(queries: Tensor) -> torch.dtype:
     return torch.float64 if queries.dtype == torch.float64 else torch.float32
+
+
+def _part(values: Tensor | None, part: slice) -> Tensor | None:
+    return None if values is None else values[part]

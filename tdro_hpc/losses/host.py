@@ -6,49 +6,14 @@ a few documents at a time over all queries, which costs each score once more.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tdro_hpc.losses.arguments import Problem
+
 Sides = tuple[bool, bool]  # whether the gradients of the queries, of the documents are asked for
 MEGABYTE = 1 << 20
-
-
-class Problem(NamedTuple):
-    """What the operators take first, in their order; the shapes are those of torch_core.forward."""
-
-    queries: Tensor
-    documents: Tensor
-    positives: Tensor
-    temperature: Tensor
-    query_group: Tensor | None
-    document_group: Tensor | None
-    column_ids: Tensor | None
-    positive_ids: Tensor | None
-    known_ids: Tensor | None
-    margin: float | None
-    log_weights: Tensor | None
-
-    def of_rows(self, part: slice) -> "Problem":
-        """The same with some of the rows."""
-        return self._replace(
-            queries=self.queries[part],
-            positives=self.positives[part],
-            query_group=_part(self.query_group, part),
-            positive_ids=_part(self.positive_ids, part),
-            known_ids=_part(self.known_ids, part),
-        )
-
-    def of_columns(self, part: slice) -> "Problem":
-        """The same with some of the columns; most positives are not among them then."""
-        return self._replace(
-            documents=self.documents[part],
-            positives=self.positives - part.start,
-            document_group=_part(self.document_group, part),
-            column_ids=_part(self.column_ids, part),
-            log_weights=_part(self.log_weights, part),
-        )
 
 
 def room_of(problem: Problem, workspace_mb: int) -> int:
@@ -144,7 +109,3 @@ def _in_type(gradients: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         return gradients
     of_documents = gradients.pop().to(dtype)
     return [gradients.pop().to(dtype), of_documents]
-
-
-def _part(values: Tensor | None, part: slice) -> Tensor | None:
-    return None if values is None else values[part]

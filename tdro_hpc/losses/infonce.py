@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 
 from tdro_hpc.config.schema import LOSS_IMPLEMENTATIONS
 from tdro_hpc.losses import fused, host, torch_core, torch_ops
-from tdro_hpc.losses.arguments import Arguments, checked_arguments, checked_row_weights, refuse_positives_outside
+from tdro_hpc.losses.arguments import Problem, checked_arguments, checked_row_weights, refuse_positives_outside
 from tdro_hpc.losses.tiles import groups_on_host
 from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, add_rows
 
@@ -61,7 +61,7 @@ def grouped_infonce(
                                  implementation="fused" without the library
     """
     try:
-        arguments = checked_arguments(
+        problem = checked_arguments(
             queries,
             documents,
             positives,
@@ -75,8 +75,8 @@ def grouped_infonce(
             column_weights,
             symmetric,
         )
-        use_fused = fused_serves(implementation, arguments.queries.dtype, queries.device.type)
-        return _row_losses(arguments, symmetric, use_fused, workspace_mb)
+        use_fused = fused_serves(implementation, problem.queries.dtype, queries.device.type)
+        return _row_losses(problem, symmetric, use_fused, workspace_mb)
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
         raise
@@ -108,7 +108,7 @@ def weighted_infonce(
                  grouped_infonce
     """
     try:
-        arguments = checked_arguments(
+        problem = checked_arguments(
             queries,
             documents,
             positives,
@@ -122,46 +122,56 @@ def weighted_infonce(
             column_weights,
             symmetric,
         )
-        weights = checked_row_weights(row_weights, arguments.queries)
-        use_fused = fused_serves(implementation, arguments.queries.dtype, queries.device.type)
-        if _differentiated(arguments) and not symmetric:
-            return _WeightedInfoNCE.apply(*arguments[:3], weights, arguments, use_fused, workspace_mb)
-        losses = _row_losses(arguments, symmetric, use_fused, workspace_mb)
+        weights = checked_row_weights(row_weights, problem.queries)
+        use_fused = fused_serves(implementation, problem.queries.dtype, queries.device.type)
+        if _differentiated(problem) and not symmetric:
+            return _WeightedInfoNCE.apply(*_inputs(problem), weights, (problem, use_fused, workspace_mb))
+        losses = _row_losses(problem, symmetric, use_fused, workspace_mb)
         return (weights * losses).sum(), losses.detach()
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
         raise
 
 
-def _row_losses(arguments: Arguments, symmetric: bool, use_fused: bool, workspace_mb: int) -> Tensor:
-    if not symmetric and _on_host(arguments.queries, use_fused):
-        return _KeptInfoNCE.apply(*arguments[:3], arguments, _differentiated(arguments), workspace_mb)
-    return _GroupedInfoNCE.apply(*arguments[:3], arguments, symmetric, use_fused)
+def _row_losses(problem: Problem, symmetric: bool, use_fused: bool, workspace_mb: int) -> Tensor:
+    if not symmetric and _on_host(problem.queries, use_fused):
+        return _KeptInfoNCE.apply(*_inputs(problem), problem, _differentiated(problem), workspace_mb)
+    return _GroupedInfoNCE.apply(*_inputs(problem), problem, symmetric, use_fused)
 
 
 def _on_host(queries: Tensor, use_fused: bool) -> bool:
     """Whether host.py computes the loss. A compiler knows the operators that do without its room only."""
-    return use_fused and queries.device.type == "cpu" and not torch.compiler.is_compiling()
+    return use_fused and queries.is_cpu and not torch.compiler.is_compiling()
 
 
-def _problem_of(arguments: Arguments) -> host.Problem:
-    queries, documents, temperature, positives, *masks, log_weights, margin = arguments
-    query_group, document_group, column_ids, positive_ids, known_ids = masks
-    sides = queries, documents, positives, temperature
-    return host.Problem(*sides, query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights)
+def _inputs(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """What may have a gradient."""
+    return problem.queries, problem.documents, problem.temperature
+
+
+def _differentiated(problem: Problem) -> bool:
+    """Whether a gradient may be asked for."""
+    wanted = problem.queries.requires_grad or problem.documents.requires_grad or problem.temperature.requires_grad
+    return wanted and torch.is_grad_enabled()
 
 
 def _sides(ctx: Any) -> host.Sides:
     """Whose gradients are asked for. That of the temperature is found from that of the queries."""
-    of_queries, of_documents, of_temperature = ctx.needs_input_grad[:3]
+    of_queries, of_documents, of_temperature, *_ = ctx.needs_input_grad
     return of_queries or of_temperature, of_documents
 
 
-def _differentiated(arguments: Arguments) -> bool:
-    """Whether a gradient may be asked for."""
-    queries, documents, temperature = arguments[:3]
-    wanted = queries.requires_grad or documents.requires_grad or temperature.requires_grad
-    return wanted and torch.is_grad_enabled()
+def _save(ctx: Any, problem: Problem, *more: Tensor | None) -> None:
+    """Save a problem and more for the backward."""
+    *tensors, ctx.margin, log_weights = problem
+    ctx.save_for_backward(*tensors, log_weights, *more)
+
+
+def _saved(ctx: Any) -> tuple[Problem, list[Tensor]]:
+    """What was saved."""
+    saved = ctx.saved_tensors
+    after_margin = Problem._fields.index("log_weights")
+    return Problem(*saved[: after_margin - 1], ctx.margin, saved[after_margin - 1]), saved[after_margin:]
 
 
 def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,13 +194,13 @@ class _GroupedInfoNCE(torch.autograd.Function):
         queries: Tensor,
         documents: Tensor,
         temperature: Tensor,
-        arguments: Arguments,
+        problem: Problem,
         symmetric: bool,
         use_fused: bool,
     ) -> Tensor:
-        positives, margin, log_weights = arguments.positives, arguments.margin, arguments.log_weights
-        groups = groups_on_host(arguments.query_group, arguments.document_group)
-        ids = arguments.column_ids, arguments.positive_ids, arguments.known_ids
+        positives, margin, log_weights = problem.positives, problem.margin, problem.log_weights
+        groups = groups_on_host(problem.query_group, problem.document_group)
+        ids = problem.column_ids, problem.positive_ids, problem.known_ids
         positive_scores, row_negatives, column_negatives = core_of(use_fused).forward(
             queries, documents, positives, None, temperature, *groups, *ids, margin, log_weights, symmetric
         )
@@ -239,30 +249,25 @@ class _KeptInfoNCE(torch.autograd.Function):
         queries: Tensor,
         documents: Tensor,
         temperature: Tensor,
-        arguments: Arguments,
+        problem: Problem,
         keep: bool,
         workspace_mb: int,
     ) -> Tensor:
-        problem = _problem_of(arguments)
-        room = host.room_of(problem, workspace_mb)
-        losses, *kept = host.losses(problem, room, keep)
-        ctx.margin, ctx.room = problem.margin, room
-        tensors = problem._replace(margin=None)
-        ctx.save_for_backward(*tensors, losses.clone(), *kept)  # the caller may change the losses
+        ctx.room = host.room_of(problem, workspace_mb)
+        losses, *kept = host.losses(problem, ctx.room, keep)
+        _save(ctx, problem, losses.clone(), *kept)  # the caller may change the losses
         return losses
 
     @staticmethod
     @_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, losses, positive_scores, kept = ctx.saved_tensors
-        problem = host.Problem(*tensors)._replace(margin=ctx.margin)
-        found = losses, positive_scores, kept
+        problem, found = _saved(ctx)
         gradients = host.losses_backward(problem, found, upstream.contiguous(), ctx.room, _sides(ctx))
-        return *_gradients(ctx, problem.queries, problem.documents, problem.temperature, gradients), None, None, None
+        return *_gradients(ctx, *_inputs(problem), gradients), None, None, None
 
 
 class _WeightedInfoNCE(torch.autograd.Function):
-    """Forward forms the gradients, backward hands them over."""
+    """Forward forms the gradients, backward hands them over. A small batch notices every line of it."""
 
     @staticmethod
     def forward(
@@ -271,17 +276,13 @@ class _WeightedInfoNCE(torch.autograd.Function):
         documents: Tensor,
         temperature: Tensor,
         row_weights: Tensor,
-        arguments: Arguments,
-        use_fused: bool,
-        workspace_mb: int,
+        call: tuple[Problem, bool, int],
     ) -> tuple[Tensor, Tensor]:
-        problem = _problem_of(arguments)
-        ctx.options = problem.margin, use_fused, workspace_mb
-        losses, gradients = _weighted(ctx, problem, row_weights)
-        of_weights = losses.clone() if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(*problem._replace(margin=None), row_weights, of_weights)
-        # Not among the saved tensors: those are held until backward has returned, so its receiver would copy them.
-        ctx.gradients = gradients
+        problem, *ctx.options = call
+        losses, ctx.gradients = _weighted(ctx, problem, row_weights)
+        # The gradients are not among the saved tensors: those are held until backward has returned, so its receiver
+        # would copy them.
+        _save(ctx, problem, row_weights, losses.clone() if ctx.needs_input_grad[3] else None)
         ctx.mark_non_differentiable(losses)
         ctx.set_materialize_grads(False)
         return torch.dot(row_weights, losses), losses
@@ -290,22 +291,20 @@ class _WeightedInfoNCE(torch.autograd.Function):
     @_once
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:  # nothing was asked of the total
-            return (None,) * 7
-        *tensors, row_weights, of_weights = ctx.saved_tensors
-        problem = host.Problem(*tensors)._replace(margin=ctx.options[0])
-        gradients, ctx.gradients = ctx.gradients, None
+            return (None,) * 5
+        (problem, (row_weights, of_weights)), gradients = _saved(ctx), ctx.gradients
+        ctx.gradients = None
         if gradients is None:  # the graph was kept, and the gradients of the first backward are the caller's
             _, gradients = _weighted(ctx, problem, row_weights)
         if not _is_one(upstream):
             gradients = [gradient.mul_(upstream) for gradient in gradients]
-        weights_gradient = None if of_weights is None else upstream * of_weights
-        of_inputs = _gradients(ctx, problem.queries, problem.documents, problem.temperature, gradients)
-        return *of_inputs, weights_gradient, None, None, None
+        of_weights = None if of_weights is None else upstream * of_weights
+        return *_gradients(ctx, *_inputs(problem), gradients), of_weights, None
 
 
-def _weighted(ctx: Any, problem: host.Problem, row_weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _weighted(ctx: Any, problem: Problem, row_weights: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Losses, and the gradients [of queries, of documents] of their weighted sum."""
-    _, use_fused, workspace_mb = ctx.options
+    use_fused, workspace_mb = ctx.options
     if _on_host(problem.queries, use_fused):
         return host.forward_backward(problem, row_weights, host.room_of(problem, workspace_mb), _sides(ctx))
     queries, documents, positives, temperature, query_group, document_group, *rest = problem
@@ -323,7 +322,7 @@ def _gradients(
 
     Empties the list: whoever is given a gradient must find itself its only holder, or it makes a copy.
     """
-    for_queries, for_documents, for_temperature = ctx.needs_input_grad[:3]
+    for_queries, for_documents, for_temperature, *_ = ctx.needs_input_grad
     of_temperature = None
     if for_temperature:
         of_temperature = temperature_gradient(queries, gradients[0], temperature)
@@ -346,7 +345,7 @@ def _last(gradients: list[Tensor], dtype: torch.dtype | None) -> Tensor | None:
 
 def _is_one(factor: Tensor) -> bool:
     """Whether that can be seen, on the host, and is so: the loss itself is what most callers differentiate."""
-    return factor.device.type == "cpu" and not torch.compiler.is_compiling() and float(factor) == 1
+    return factor.is_cpu and not torch.compiler.is_compiling() and float(factor) == 1
 
 
 def finite_sums(sums: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def ring_infonce(
     """
     assert sizes[group_rank()] == len(documents), f"{len(documents)} columns, but {sizes} were announced"
     try:
-        arguments = checked_arguments(
+        problem = checked_arguments(
             queries,
             documents,
             positives,
@@ -65,8 +65,8 @@ def ring_infonce(
             None,
             False,
         )
-        use_fused = fused_serves(implementation, arguments.queries.dtype, queries.device.type)
-        return _RingInfoNCE.apply(*arguments, sizes, use_fused)
+        use_fused = fused_serves(implementation, problem.queries.dtype, queries.device.type)
+        return _RingInfoNCE.apply(*problem, sizes, use_fused)
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
         raise
@@ -80,15 +80,15 @@ class _RingInfoNCE(torch.autograd.Function):
         ctx: Any,
         queries: Tensor,
         documents: Tensor,
-        temperature: Tensor,
         positives: Tensor,
+        temperature: Tensor,
         query_group: Tensor | None,
         document_group: Tensor | None,
         column_ids: Tensor | None,
         positive_ids: Tensor | None,
         known_ids: Tensor | None,
-        log_weights: Tensor | None,
         margin: float | None,
+        log_weights: Tensor | None,
         sizes: list[int],
         use_fused: bool,
     ) -> Tensor:
@@ -127,12 +127,13 @@ class _RingInfoNCE(torch.autograd.Function):
             asked.pass_on()
         assert asked is not None, "this rank is one of them"
         asked.arrive()
-        for_queries, for_documents, for_temperature = ctx.needs_input_grad[:3]
+        for_queries, for_documents, _, for_temperature = ctx.needs_input_grad[:4]
         return (
             of_queries.to(queries.dtype) if for_queries else None,
             asked.here[0].to(queries.dtype) if for_documents else None,
+            None,
             temperature_gradient(queries, of_queries, temperature) if for_temperature else None,
-            *(None,) * 10,
+            *(None,) * 9,
         )
 
 
