@@ -85,27 +85,33 @@ tdro::Problem problem_of(const Tensor& queries, const Tensor& documents, const T
   return problem;
 }
 
-Tensor floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  const Tensor made = torch::stable::new_empty(like, sizes, ScalarType::Float);
+// An uninitialised tensor on the host. Straight from torch's C interface: small batches notice the dispatcher.
+Tensor floats(std::initializer_list<int64_t> sizes) {
+  const int64_t *size = sizes.begin(), strides[2] = {sizes.size() == 2 ? size[1] : 1, 1};
+  AtenTensorHandle handle = nullptr;
+  const int32_t type = aoti_torch_dtype_float32(), device = aoti_torch_device_type_cpu();
+  STD_TORCH_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), size, strides, type, device, 0, &handle) == 0,
+                  "no memory for ", size[0], " rows of ", strides[0], " float32");
+  const Tensor made(handle);
   tdro::prefer_large_pages(made.data_ptr(), size_t(made.numel()) * sizeof(float));
   return made;
 }
 
 // The gradient of a side that has one, else an empty tensor.
 Tensor gradient_of(const Tensor& side, bool asked) {
-  return asked ? floats(side, {side.size(0), side.size(1)}) : floats(side, {0, side.size(1)});
+  return asked ? floats({side.size(0), side.size(1)}) : floats({0, side.size(1)});
 }
 
 float* items_if(bool asked, const Tensor& gradient) { return asked ? items<float>(gradient) : nullptr; }
 
 // The scaled scores of the positives, all of which must be among the columns.
-Tensor own_positive_scores(const tdro::Problem& problem, const tdro::Parallel& parallel, const Tensor& queries) {
+Tensor own_positive_scores(const tdro::Problem& problem, const tdro::Parallel& parallel) {
   for (int64_t i = 0; i < problem.rows; ++i) {
     const int64_t column = problem.positives[i];
     STD_TORCH_CHECK(column >= 0 && column < problem.columns, "positives[", i, "] is ", column,
                     "; it must be the number of a column, 0 to ", problem.columns - 1);
   }
-  Tensor scores = floats(queries, {problem.rows});
+  Tensor scores = floats({problem.rows});
   tdro::positive_scores(problem, parallel, items<float>(scores));
   return scores;
 }
@@ -121,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> infonce_forward(Tensor queries, Tensor docume
                  {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
   const tdro::Parallel parallel = torch_threads();
   Tensor scores =
-      positive_scores ? torch::stable::clone(*positive_scores) : own_positive_scores(problem, parallel, queries);
-  Tensor rows = floats(queries, {problem.rows}), columns = floats(queries, {symmetric ? problem.columns : 0});
+      positive_scores ? torch::stable::clone(*positive_scores) : own_positive_scores(problem, parallel);
+  Tensor rows = floats({problem.rows}), columns = floats({symmetric ? problem.columns : 0});
   tdro::forward(problem, parallel, items<float>(scores), items<float>(rows),
                 symmetric ? items<float>(columns) : nullptr);
   return {scores, rows, columns};
@@ -139,8 +145,8 @@ std::tuple<Tensor, Tensor> infonce_backward(Tensor queries, Tensor documents, Te
                  {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
   const tdro::Shares shares{items<float>(positive_scores), items<float>(row_totals),  items<float>(row_factors),
                             items<float>(positive_factors), items<float>(column_totals), items<float>(column_factors)};
-  Tensor for_queries = floats(queries, {problem.rows, problem.width});
-  Tensor for_documents = floats(documents, {problem.columns, problem.width});
+  Tensor for_queries = floats({problem.rows, problem.width});
+  Tensor for_documents = floats({problem.columns, problem.width});
   tdro::backward(problem, torch_threads(), shares, items<float>(for_queries), items<float>(for_documents));
   return {for_queries, for_documents};
 }
@@ -156,12 +162,12 @@ std::tuple<Tensor, Tensor, Tensor> infonce_losses(Tensor queries, Tensor documen
                  {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
   problem.workspace = workspace - SLACK_BYTES;
   const tdro::Parallel parallel = torch_threads();
-  Tensor scores = own_positive_scores(problem, parallel, queries);
-  Tensor losses = floats(queries, {problem.rows});
+  Tensor scores = own_positive_scores(problem, parallel);
+  Tensor losses = floats({problem.rows});
   std::optional<Tensor> kept;
-  const auto room_for = [&](int64_t room) { return items<float>(kept.emplace(floats(queries, {room}))); };
+  const auto room_for = [&](int64_t room) { return items<float>(kept.emplace(floats({room}))); };
   tdro::losses(problem, parallel, items<float>(scores), items<float>(losses), keep ? room_for : tdro::RoomFor());
-  return {losses, scores, kept ? *kept : floats(queries, {0})};
+  return {losses, scores, kept ? *kept : floats({0})};
 }
 
 std::tuple<Tensor, Tensor> infonce_losses_backward(Tensor queries, Tensor documents, Tensor positives,
@@ -187,8 +193,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> losses_and_gradients(const tdro::Prob
                                                                 const Tensor& documents, const Tensor& row_weights,
                                                                 bool of_queries, bool of_documents) {
   const tdro::Parallel parallel = torch_threads();
-  Tensor scores = own_positive_scores(problem, parallel, queries);
-  Tensor losses = floats(queries, {problem.rows});
+  Tensor scores = own_positive_scores(problem, parallel);
+  Tensor losses = floats({problem.rows});
   Tensor for_queries = gradient_of(queries, of_queries), for_documents = gradient_of(documents, of_documents);
   tdro::forward_backward(problem, parallel, items<float>(scores), items<float>(row_weights), items<float>(losses),
                          items_if(of_queries, for_queries), items_if(of_documents, for_documents));

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 HALF = torch.bfloat16, torch.float16
+MOST_NUMBERS = 64
+
+_NUMBERS: dict[tuple[float, torch.dtype], Tensor] = {}  # see _kept_number
 
 
 class Problem(NamedTuple):
@@ -128,7 +131,7 @@ def _checked_embeddings(queries: Tensor, documents: Tensor) -> tuple[Tensor, Ten
             f"queries are {list(queries.shape)} and documents {list(documents.shape)}; they must be [rows, width] and "
             "[columns, width] with one width."
         )
-    if queries.device != documents.device:
+    if not _on_one_device(queries, documents):
         raise ValueError(f"queries are on {queries.device} and documents on {documents.device}; move one of them.")
     if queries.dtype != documents.dtype:
         queries, documents = _of_one_type(queries, documents)
@@ -152,9 +155,12 @@ def _checked_temperature(temperature: float | Tensor, queries: Tensor) -> Tensor
     """The temperature as a tensor []; on the host, or where the embeddings are."""
     dtype = _dtype_of_sums(queries)
     if not isinstance(temperature, Tensor):
-        if not torch.compiler.is_compiling():  # where a number may stand for any
-            _check_temperature(temperature)
-        return torch.full((), temperature, dtype=dtype)
+        if torch.compiler.is_compiling():  # where a number may stand for any
+            return torch.full((), temperature, dtype=dtype, device="cpu")
+        _check_temperature(temperature)
+        if type(queries) is Tensor and not torch.is_inference_mode_enabled():
+            return _kept_number(temperature, dtype)
+        return torch.full((), temperature, dtype=dtype, device="cpu")
     if temperature.ndim != 0 or not temperature.dtype.is_floating_point:
         raise ValueError(
             f"temperature is {temperature.dtype} {list(temperature.shape)}; a tensor must be of a float type and of "
@@ -166,6 +172,16 @@ def _checked_temperature(temperature: float | Tensor, queries: Tensor) -> Tensor
     if on_host and not torch.compiler.is_compiling():
         _check_temperature(float(temperature.detach()))
     return temperature.to(dtype)
+
+
+def _kept_number(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor [] on the host. Making it takes longer than all checks: calls mostly ask for the same one."""
+    kept = _NUMBERS.get((value, dtype))
+    if kept is None:
+        kept = torch.full((), value, dtype=dtype, device="cpu")
+        if type(kept) is Tensor and len(_NUMBERS) < MOST_NUMBERS:
+            _NUMBERS[value, dtype] = kept
+    return kept
 
 
 def _check_temperature(temperature: float) -> None:
@@ -198,8 +214,12 @@ def _check_shape(name: str, given: Tensor, shape: tuple[int | None, ...], querie
     if len(found) != len(shape) or found[0] != shape[0]:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {list(found)}; it must be [{wanted}].")
-    if given.device != queries.device:
+    if not _on_one_device(given, queries):
         raise ValueError(f"{name} is on {given.device} and the embeddings on {queries.device}; move one of them.")
+
+
+def _on_one_device(one: Tensor, other: Tensor) -> bool:
+    return (one.is_cpu and other.is_cpu) or one.device == other.device  # of which the latter takes its time
 
 
 def _dtype_of_sums(queries: Tensor) -> torch.dtype:

@@ -16,28 +16,25 @@ Sides = tuple[bool, bool]  # whether the gradients of the queries, of the docume
 MEGABYTE = 1 << 20
 
 
-def room_of(problem: Problem, workspace_mb: int) -> int:
-    """Bytes that a call may use beside its gradients: what is allowed, or a quarter of the gradients if more."""
-    return max(workspace_mb * MEGABYTE, (problem.queries.nbytes + problem.documents.nbytes) // 4)
-
-
-def losses(problem: Problem, room: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def losses(problem: Problem, workspace_mb: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [rows], scores of the positives [rows], and what was kept of the exponentials for losses_backward.
 
     keep   whether that follows: as much is kept as the room allows, and those scores are not computed again
     """
+    room = _room_of(problem, workspace_mb)
     in_parts = _bytes_of_sums(problem, (True, True)) > room
     workspace = room if in_parts else _left(problem, room)
     return torch.ops.tdro_hpc.infonce_losses.default(*problem, keep and not in_parts, workspace)
 
 
 def losses_backward(
-    problem: Problem, found: tuple[Tensor, Tensor, Tensor], row_weights: Tensor, room: int, sides: Sides
+    problem: Problem, found: tuple[Tensor, Tensor, Tensor], row_weights: Tensor, workspace_mb: int, sides: Sides
 ) -> list[Tensor]:
     """Gradients [of queries, of documents] of sum(row_weights * losses) after `losses`, which gave `found`.
 
     returns   each in the type of the embeddings, empty where it is not asked for
     """
+    room = _room_of(problem, workspace_mb)
     if _bytes_of_sums(problem, (True, True)) <= room:
         left = _left(problem, room)
         gradients = torch.ops.tdro_hpc.infonce_losses_backward.default(*problem, *found, row_weights, left, *sides)
@@ -49,10 +46,12 @@ def losses_backward(
     return [of_queries, _documents_by_parts(problem, row_losses, scores, row_weights, room, sides)]
 
 
-def forward_backward(problem: Problem, row_weights: Tensor, room: int, sides: Sides) -> tuple[Tensor, list[Tensor]]:
+def forward_backward(
+    problem: Problem, row_weights: Tensor, workspace_mb: int, sides: Sides
+) -> tuple[Tensor, list[Tensor]]:
     """Losses [rows], and gradients like those of losses_backward after `losses`, with fewer products."""
     operator = torch.ops.tdro_hpc.infonce_gradients.default
-    sums = _bytes_of_sums(problem, sides)
+    room, sums = _room_of(problem, workspace_mb), _bytes_of_sums(problem, sides)
     if sums <= room:
         row_losses, _, *gradients = operator(*problem, row_weights, room - sums // 2, *sides)
         return row_losses, _in_type(gradients, problem.queries.dtype)
@@ -64,6 +63,11 @@ def forward_backward(problem: Problem, row_weights: Tensor, room: int, sides: Si
         if sides[0]:
             of_queries[part] = found[2]
     return row_losses, [of_queries, _documents_by_parts(problem, row_losses, scores, row_weights, room, sides)]
+
+
+def _room_of(problem: Problem, workspace_mb: int) -> int:
+    """Bytes that a call may use beside its gradients: what is allowed, or a quarter of the gradients if more."""
+    return max(workspace_mb * MEGABYTE, (problem.queries.nbytes + problem.documents.nbytes) // 4)
 
 
 def _documents_by_parts(

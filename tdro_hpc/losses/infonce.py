@@ -75,7 +75,7 @@ def grouped_infonce(
             column_weights,
             symmetric,
         )
-        use_fused = fused_serves(implementation, problem.queries.dtype, queries.device.type)
+        use_fused = fused_serves(implementation, problem.queries.dtype, _kind_of_device(queries))
         return _row_losses(problem, symmetric, use_fused, workspace_mb)
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
@@ -123,7 +123,7 @@ def weighted_infonce(
             symmetric,
         )
         weights = checked_row_weights(row_weights, problem.queries)
-        use_fused = fused_serves(implementation, problem.queries.dtype, queries.device.type)
+        use_fused = fused_serves(implementation, problem.queries.dtype, _kind_of_device(queries))
         if _differentiated(problem) and not symmetric:
             return _WeightedInfoNCE.apply(*_inputs(problem), weights, (problem, use_fused, workspace_mb))
         losses = _row_losses(problem, symmetric, use_fused, workspace_mb)
@@ -131,6 +131,10 @@ def weighted_infonce(
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
         raise
+
+
+def _kind_of_device(tensor: Tensor) -> str:
+    return "cpu" if tensor.is_cpu else tensor.device.type  # of which the latter takes its time
 
 
 def _row_losses(problem: Problem, symmetric: bool, use_fused: bool, workspace_mb: int) -> Tensor:
@@ -253,8 +257,8 @@ class _KeptInfoNCE(torch.autograd.Function):
         keep: bool,
         workspace_mb: int,
     ) -> Tensor:
-        ctx.room = host.room_of(problem, workspace_mb)
-        losses, *kept = host.losses(problem, ctx.room, keep)
+        ctx.workspace_mb = workspace_mb
+        losses, *kept = host.losses(problem, workspace_mb, keep)
         _save(ctx, problem, losses.clone(), *kept)  # the caller may change the losses
         return losses
 
@@ -262,12 +266,12 @@ class _KeptInfoNCE(torch.autograd.Function):
     @_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         problem, found = _saved(ctx)
-        gradients = host.losses_backward(problem, found, upstream.contiguous(), ctx.room, _sides(ctx))
+        gradients = host.losses_backward(problem, found, upstream.contiguous(), ctx.workspace_mb, _sides(ctx))
         return *_gradients(ctx, *_inputs(problem), gradients), None, None, None
 
 
 class _WeightedInfoNCE(torch.autograd.Function):
-    """Forward forms the gradients, backward hands them over. A small batch notices every line of it."""
+    """Forward forms the gradients, backward hands them over. A small batch notices every line of both."""
 
     @staticmethod
     def forward(
@@ -292,27 +296,28 @@ class _WeightedInfoNCE(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:  # nothing was asked of the total
             return (None,) * 5
-        (problem, (row_weights, of_weights)), gradients = _saved(ctx), ctx.gradients
-        ctx.gradients = None
+        gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # the graph was kept, and the gradients of the first backward are the caller's
+            problem, (row_weights, _) = _saved(ctx)
             _, gradients = _weighted(ctx, problem, row_weights)
         if not _is_one(upstream):
-            gradients = [gradient.mul_(upstream) for gradient in gradients]
-        of_weights = None if of_weights is None else upstream * of_weights
-        return *_gradients(ctx, *_inputs(problem), gradients), of_weights, None
+            gradients = [None if gradient is None else gradient.mul_(upstream) for gradient in gradients]
+        of_weights = upstream * _saved(ctx)[1][1] if ctx.needs_input_grad[3] else None
+        return gradients.pop(0), gradients.pop(0), gradients.pop(0), of_weights, None  # held by none but the caller
 
 
-def _weighted(ctx: Any, problem: Problem, row_weights: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Losses, and the gradients [of queries, of documents] of their weighted sum."""
+def _weighted(ctx: Any, problem: Problem, row_weights: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """Losses, and what is asked of the gradients [of queries, documents, temperature] of their weighted sum."""
     use_fused, workspace_mb = ctx.options
     if _on_host(problem.queries, use_fused):
-        return host.forward_backward(problem, row_weights, host.room_of(problem, workspace_mb), _sides(ctx))
-    queries, documents, positives, temperature, query_group, document_group, *rest = problem
-    groups = groups_on_host(query_group, document_group)
-    losses, *gradients = core_of(use_fused).forward_backward(
-        queries, documents, positives, row_weights, temperature, *groups, *rest
-    )
-    return losses, gradients
+        losses, gradients = host.forward_backward(problem, row_weights, workspace_mb, _sides(ctx))
+    else:
+        queries, documents, positives, temperature, query_group, document_group, *rest = problem
+        groups = groups_on_host(query_group, document_group)
+        losses, *gradients = core_of(use_fused).forward_backward(
+            queries, documents, positives, row_weights, temperature, *groups, *rest
+        )
+    return losses, list(_gradients(ctx, *_inputs(problem), gradients))
 
 
 def _gradients(
@@ -323,24 +328,18 @@ def _gradients(
     Empties the list: whoever is given a gradient must find itself its only holder, or it makes a copy.
     """
     for_queries, for_documents, for_temperature, *_ = ctx.needs_input_grad
-    of_temperature = None
-    if for_temperature:
-        of_temperature = temperature_gradient(queries, gradients[0], temperature)
-    of_documents = _last(gradients, documents.dtype if for_documents else None)
-    of_queries = _last(gradients, queries.dtype if for_queries else None)
-    return of_queries, of_documents, of_temperature
+    of_temperature = temperature_gradient(queries, gradients[0], temperature) if for_temperature else None
+    of_documents, of_queries = gradients.pop(), gradients.pop()
+    if of_queries.dtype != queries.dtype:
+        of_documents = of_documents.to(queries.dtype)
+        of_queries = of_queries.to(queries.dtype)
+    return of_queries if for_queries else None, of_documents if for_documents else None, of_temperature
 
 
 def temperature_gradient(queries: Tensor, of_queries: Tensor, temperature: Tensor) -> Tensor:
     """From that of the queries: a score is q . d / temperature, so it is what a factor common to them would get."""
     product = (queries * of_queries).sum(dtype=temperature.dtype)
     return (-product / temperature).to(temperature.device)
-
-
-def _last(gradients: list[Tensor], dtype: torch.dtype | None) -> Tensor | None:
-    """The last of the list, which loses it, in a type; None for None."""
-    gradient = gradients.pop()
-    return None if dtype is None else gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def _is_one(factor: Tensor) -> bool:
