@@ -46,8 +46,7 @@ void add_positives_elsewhere(const Call& call, const float* positive_factors) {
     if (group >= 0 && call.groups.place(column, group) >= 0) continue;
     const float factor = positive_factors[i] / problem.temperature;
     const auto add = [&](const Rows& side, int64_t place, float* gradient) {
-      read_row(side, place, row.data());
-      for (int64_t k = 0; k < problem.width; ++k) gradient[k] += factor * row[k];
+      call.kernels.add_scaled(gradient, wide_row(side, place, row.data()), factor, problem.width);
     };
     if (call.query_gradient) add(documents, column, call.query_gradient + i * problem.width);
     if (call.document_gradient) add(queries, i, call.document_gradient + column * problem.width);
@@ -128,14 +127,13 @@ void positive_scores(const Problem& problem, const Parallel& parallel, float* sc
   const Rows documents{problem.documents, problem.type, problem.width, 0, problem.columns, nullptr};
   constexpr int64_t BATCH = 64;
   parallel.run((problem.rows + BATCH - 1) / BATCH, [&](int64_t task, int) {
-    std::vector<float> room(2 * problem.width);
-    float *query = room.data(), *document = query + problem.width;
+    std::vector<float> room(problem.type == Type::float32 ? 0 : 2 * problem.width);
+    float* const other = room.data() + room.size() / 2;
     for (int64_t i = task * BATCH; i < std::min(problem.rows, (task + 1) * BATCH); ++i) {
       const int64_t column = problem.positives[i];
       scores[i] = 0.0f;
       if (column < 0 || column >= problem.columns) continue;
-      read_row(queries, i, query);
-      read_row(documents, column, document);
+      const float *query = wide_row(queries, i, room.data()), *document = wide_row(documents, column, other);
       scores[i] = kernels_for(problem.type).dot(query, document, problem.width) / problem.temperature;
     }
   });

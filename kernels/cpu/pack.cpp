@@ -9,6 +9,11 @@ namespace tdro {
 namespace {
 
 constexpr int64_t STEPS = 32;
+constexpr int64_t SQUARE = 4;  // lanes and dimensions that are transposed in registers
+
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t Places __attribute__((vector_size(16)));
+typedef float LooseFour __attribute__((vector_size(16), aligned(4), may_alias));
 
 float from_bfloat16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
@@ -29,7 +34,30 @@ float from_float16(uint16_t bits) {
   return value;
 }
 
-// A row as float32: itself where it is, else converted into `room`.
+const uint16_t* half_row(const Rows& rows, int64_t i) {
+  return static_cast<const uint16_t*>(rows.data) + rows.row(i) * rows.width;
+}
+
+// SQUARE dimensions of as many rows, transposed.
+void transpose(const float* const* lanes, int64_t k, float* out) {
+  Four rows[SQUARE];
+  for (int64_t lane = 0; lane < SQUARE; ++lane) rows[lane] = *reinterpret_cast<const LooseFour*>(lanes[lane] + k);
+  const Places low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
+  const Four a = __builtin_shuffle(rows[0], rows[1], low), b = __builtin_shuffle(rows[2], rows[3], low);
+  const Four c = __builtin_shuffle(rows[0], rows[1], high), d = __builtin_shuffle(rows[2], rows[3], high);
+  const Four columns[SQUARE] = {__builtin_shuffle(a, b, first), __builtin_shuffle(a, b, second),
+                                __builtin_shuffle(c, d, first), __builtin_shuffle(c, d, second)};
+  for (int64_t i = 0; i < SQUARE; ++i) *reinterpret_cast<LooseFour*>(out + i * LANES) = columns[i];
+}
+
+struct Room {  // of converted rows
+  Room(const Rows& rows, int64_t count) : data(rows.type == Type::float32 ? nullptr : new float[count * rows.width]) {}
+  ~Room() { delete[] data; }
+  float* data;
+};
+
+}  // namespace
+
 const float* wide_row(const Rows& rows, int64_t i, float* room) {
   const int64_t start = rows.row(i) * rows.width;
   if (rows.type == Type::float32) return static_cast<const float*>(rows.data) + start;
@@ -41,23 +69,6 @@ const float* wide_row(const Rows& rows, int64_t i, float* room) {
   return room;
 }
 
-const uint16_t* half_row(const Rows& rows, int64_t i) {
-  return static_cast<const uint16_t*>(rows.data) + rows.row(i) * rows.width;
-}
-
-struct Room {  // of converted rows
-  Room(const Rows& rows, int64_t count) : data(rows.type == Type::float32 ? nullptr : new float[count * rows.width]) {}
-  ~Room() { delete[] data; }
-  float* data;
-};
-
-}  // namespace
-
-void read_row(const Rows& rows, int64_t i, float* out) {
-  const float* row = wide_row(rows, i, out);
-  if (row != out) std::memcpy(out, row, rows.width * sizeof(float));
-}
-
 void pack_transposed(const Rows& rows, float* out) {
   Room room(rows, LANES);
   for (int64_t block = 0; block < blocks_of(rows.count); ++block, out += rows.width * LANES) {
@@ -66,9 +77,17 @@ void pack_transposed(const Rows& rows, float* out) {
     const float* lanes[LANES];
     for (int64_t lane = 0; lane < filled; ++lane)
       lanes[lane] = wide_row(rows, block * LANES + lane, room.data ? room.data + lane * rows.width : nullptr);
-    for (int64_t start = 0; start < rows.width; start += STEPS)  // so many lines at a time stay in the first cache
-      for (int64_t lane = 0; lane < filled; ++lane)
-        for (int64_t k = start; k < std::min(rows.width, start + STEPS); ++k) out[k * LANES + lane] = lanes[lane][k];
+    for (int64_t start = 0; start < rows.width; start += STEPS) {  // so many lines at a time stay in the first cache
+      const int64_t end = std::min(rows.width, start + STEPS), whole = start + (end - start) / SQUARE * SQUARE;
+      int64_t lane = 0;
+      for (; lane + SQUARE <= filled; lane += SQUARE) {
+        for (int64_t k = start; k < whole; k += SQUARE) transpose(lanes + lane, k, out + k * LANES + lane);
+        for (int64_t k = whole; k < end; ++k)
+          for (int64_t i = lane; i < lane + SQUARE; ++i) out[k * LANES + i] = lanes[i][k];
+      }
+      for (; lane < filled; ++lane)
+        for (int64_t k = start; k < end; ++k) out[k * LANES + lane] = lanes[lane][k];
+    }
   }
 }
 

@@ -27,7 +27,7 @@ void pack_lane_pairs(const Rows& rows, int64_t padded, uint32_t* out);
 // [dimension block][of `all` pairs of rows, these][32 dimensions]
 void pack_row_pairs(const Rows& rows, int64_t all, uint32_t* out);
 
-// One row as float32 [width].
-void read_row(const Rows& rows, int64_t i, float* out);
+// One row as float32 [width]: where it is, else converted into `room` [width].
+const float* wide_row(const Rows& rows, int64_t i, float* room);
 
 }  // namespace tdro

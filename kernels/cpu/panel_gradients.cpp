@@ -95,7 +95,7 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
 void GroupRun::end_panel() {
   const Rows documents{problem_.documents, problem_.type, problem_.width, 0, problem_.columns, nullptr};
   parallel_.run(row_blocks_, [&](int64_t block, int) {
-    std::vector<float> positive(problem_.width);
+    std::vector<float> positive(problem_.type == Type::float32 ? 0 : problem_.width);
     for (int64_t i = block * LANES; i < std::min(rows_, (block + 1) * LANES); ++i) {
       const int64_t row = group_.rows.member(first_ + i);
       float* target = call_.query_gradient + row * problem_.width;
@@ -109,8 +109,8 @@ void GroupRun::end_panel() {
       float lost = call_.all_columns ? -positive_factors_[i] : 0.0f;
       for (int64_t strip = 0; strip < sizes_.strips; ++strip) lost += strip_sums_[strip * lanes_ + i];
       const int64_t own = problem_.positives[row];  // which may be in another group, or not among these columns
-      read_row(documents, own >= 0 && own < problem_.columns ? own : group_.columns.member(0), positive.data());
-      for (int64_t k = 0; k < problem_.width; ++k) target[k] += lost * positive[k];
+      const int64_t column = own >= 0 && own < problem_.columns ? own : group_.columns.member(0);
+      kernels_.add_scaled(target, wide_row(documents, column, positive.data()), lost, problem_.width);
     }
   });
 }

@@ -68,6 +68,8 @@ struct TileKernels {
   void (*take_rows)(const float* values, int64_t row_blocks, int64_t columns, float* rest);
   // target[32 lanes] (+)= source, n lanes of it.
   void (*add_lanes)(float* target, const float* source, int64_t lanes, bool add);
+  // target += factor * source.
+  void (*add_scaled)(float* target, const float* source, float factor, int64_t width);
   float (*dot)(const float* a, const float* b, int64_t width);
   // [count][32] floats -> bfloat16: pairs of neighbouring lanes [count][16], or of neighbours in count [count/2][32];
   // lost[lane] += what the rounding takes from the sum of a lane.

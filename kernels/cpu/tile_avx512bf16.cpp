@@ -92,7 +92,7 @@ const TileKernels* kernels_avx512bf16() {
   if (!kernels_avx512() || !__builtin_cpu_supports("avx512bf16")) return nullptr;
   static const TileKernels kernels = {
       "avx512+bf16", true, pair_product<16, 1>, pair_product<1, 32>, finish_scores, exponentials, column_statistics,
-      merge_statistics, row_scales, shares, scale_rows, take_rows, add_lanes, dot, lane_pairs, row_pairs};
+      merge_statistics, row_scales, shares, scale_rows, take_rows, add_lanes, add_scaled, dot, lane_pairs, row_pairs};
   return &kernels;
 }
 

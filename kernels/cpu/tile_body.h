@@ -220,6 +220,12 @@ void add_lanes(float* target, const float* source, int64_t lanes, bool add) {
   for (int64_t lane = 0; lane < lanes; ++lane) target[lane] = add ? target[lane] + source[lane] : source[lane];
 }
 
+void add_scaled(float* target, const float* source, float factor, int64_t width) {
+  int64_t k = 0;
+  for (; k + WIDTH <= width; k += WIDTH) store(target + k, load(target + k) + load(source + k) * factor);
+  for (; k < width; ++k) target[k] += source[k] * factor;
+}
+
 float dot(const float* a, const float* b, int64_t width) {
   Vector sums[4] = {};
   int64_t k = 0;

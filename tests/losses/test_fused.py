@@ -148,7 +148,7 @@ def test_a_function_with_the_loss_compiles_whole(implementation, weighted, optio
         loss.backward()
         results.append([loss.detach(), *(side.grad for side in sides)])
     for got, want in zip(*results, strict=True):
-        assert distance(got, want) <= 1e-6  # the same operators; the compiler may change the order of a sum
+        assert distance(got, want) <= 2e-6  # other operators, and the compiler may change the order of a sum
     fixed = torch.compile(lambda q, d: total(q, d, 0.1), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(fixed(queries, documents), results[0][0])
