@@ -10,7 +10,7 @@
 namespace tdro {
 namespace {
 
-constexpr size_t KEPT_BYTES = 8 << 20, PAGE = 4096, LARGE_PAGE = 2 << 20;
+constexpr size_t KEPT_BYTES = 8 << 20, MAPPED_BYTES = 1 << 20, PAGE = 4096, LARGE_PAGE = 2 << 20;
 
 struct Kept {
   void* memory;
@@ -36,6 +36,26 @@ void prefer_large_pages(void* memory, size_t bytes) {
   if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);  // a hint: it may fail
 }
 
+namespace {
+
+// Large memory comes from the system and goes back to it: the allocator would keep what no later call can use.
+void* from_system(size_t bytes) {
+  if (bytes < MAPPED_BYTES) return std::aligned_alloc(64, bytes);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  prefer_large_pages(memory, bytes);
+  return memory;
+}
+
+void to_system(void* memory, size_t bytes) {
+  if (bytes < MAPPED_BYTES)
+    std::free(memory);
+  else
+    munmap(memory, bytes);
+}
+
+}  // namespace
+
 void* acquire(size_t bytes, size_t* held) {
   const size_t wanted = (bytes + PAGE - 1) / PAGE * PAGE;
   {
@@ -53,10 +73,15 @@ void* acquire(size_t bytes, size_t* held) {
       *held = found.bytes;
       return found.memory;
     }
+    for (size_t i = from.kept.size(); i-- > 0;)  // large memory of another shape: the new takes its place
+      if (from.kept[i].bytes >= MAPPED_BYTES) {
+        to_system(from.kept[i].memory, from.kept[i].bytes);
+        from.bytes -= from.kept[i].bytes;
+        from.kept.erase(from.kept.begin() + i);
+      }
   }
-  void* memory = std::aligned_alloc(64, wanted);
+  void* memory = from_system(wanted);
   if (!memory) throw std::bad_alloc();
-  prefer_large_pages(memory, wanted);
   *held = wanted;
   return memory;
 }
@@ -71,7 +96,7 @@ void release(void* memory, size_t held) {
       return;
     }
   }
-  std::free(memory);
+  to_system(memory, held);
 }
 
 }  // namespace tdro

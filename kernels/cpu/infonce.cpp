@@ -172,6 +172,7 @@ void losses(const Problem& problem, const Parallel& parallel, const float* posit
   const Ids ids = number_ids(problem);
   Call call{problem, kernels_for(problem.type), groups, ids, positive_scores};
   call.losses = losses;
+  call.kept = bool(room_for);
   KeptRoom room;
   if (room_for) room.floats = floats_to_keep(call), room.memory = room_for(room.floats);
   run_groups(call, parallel, room);
@@ -190,6 +191,7 @@ void losses_backward(const Problem& problem, const Parallel& parallel, const flo
   const Ids ids = number_ids(problem);
   Call call{problem, kernels_for(problem.type), groups, ids, positive_scores};
   call.shares = &shares;
+  call.kept = kept_floats > 0;
   call.all_columns = true;
   call.query_gradient = query_gradient;
   call.document_gradient = document_gradient;

@@ -240,7 +240,8 @@ Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const int64_t tile = ((even + tiles - 1) / tiles + 3) / 4 * 4;           // products take 12, 8 or 4 at a time
   Sizes sizes{std::min(rows, MAX_PANEL_ROWS), tile, std::min(strips, (columns + tile - 1) / tile),
               call.row_weights != nullptr, 4 * columns * width <= HELD_BYTES};
-  const int64_t bytes_a_row = 4 * ((sizes.keep ? columns : 0) + tile + (strips + 2) * width);
+  const int64_t parts = call.query_gradient || call.kept ? strips : 0;
+  const int64_t bytes_a_row = 4 * ((sizes.keep ? columns : 0) + tile + (parts + 2) * width);
   const int64_t fitting = workspace / bytes_a_row / LANES * LANES;
   sizes.panel_rows = std::min(sizes.panel_rows, std::max<int64_t>(fitting, LANES));
   return sizes;

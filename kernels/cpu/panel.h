@@ -24,6 +24,7 @@ struct Call {
   float* column_negatives = nullptr;  // [columns] or null
   // backward
   const Shares* shares = nullptr;
+  bool kept = false;  // or to be kept: exponentials for another call, whose panels are the same
   bool all_columns = false;  // of each row are among these, so that its shares add up to 0
   float* query_gradient = nullptr;     // [rows, width] or null
   float* document_gradient = nullptr;  // [columns, width] or null

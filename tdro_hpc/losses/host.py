@@ -41,7 +41,7 @@ def losses_backward(
         return _in_type(list(gradients), problem.queries.dtype)
     row_losses, scores, _ = found
     of_queries = problem.queries.new_empty(problem.queries.shape if sides[0] else (0,))
-    for part in _parts(of_queries, room):
+    for part in _parts(of_queries, room // 16):
         of_queries[part] = _of_part(problem.of_rows(part), row_losses[part], scores[part], row_weights[part], room, 0)
     return [of_queries, _documents_by_parts(problem, row_losses, scores, row_weights, room, sides)]
 
@@ -57,8 +57,8 @@ def forward_backward(
         return row_losses, _in_type(gradients, problem.queries.dtype)
     row_losses, scores = torch.empty_like(row_weights), torch.empty_like(row_weights)
     of_queries = problem.queries.new_empty(problem.queries.shape if sides[0] else (0,))
-    for part in _parts(problem.queries, room):
-        found = operator(*problem.of_rows(part), row_weights[part], room // 2, sides[0], False)
+    for part in _parts(problem.queries, room // 16):
+        found = operator(*problem.of_rows(part), row_weights[part], room * 13 // 16, sides[0], False)
         row_losses[part], scores[part] = found[:2]
         if sides[0]:
             of_queries[part] = found[2]
@@ -74,7 +74,7 @@ def _documents_by_parts(
     problem: Problem, row_losses: Tensor, scores: Tensor, row_weights: Tensor, room: int, sides: Sides
 ) -> Tensor:
     of_documents = problem.documents.new_empty(problem.documents.shape if sides[1] else (0,))
-    for part in _parts(of_documents, room):
+    for part in _parts(of_documents, room * 3 // 8):
         of_documents[part] = _of_part(problem.of_columns(part), row_losses, scores, row_weights, room, 1)
     return of_documents
 
@@ -83,14 +83,15 @@ def _of_part(problem: Problem, row_losses: Tensor, scores: Tensor, row_weights: 
     """The float32 gradient of one side of a part."""
     found = row_losses, scores, row_losses.new_empty(0)
     operator = torch.ops.tdro_hpc.infonce_losses_backward.default
-    return operator(*problem, *found, row_weights, room // 2, side == 0, side == 1)[side]
+    left = room * (13, 8)[side] // 16
+    return operator(*problem, *found, row_weights, left, side == 0, side == 1)[side]
 
 
 def _parts(embeddings: Tensor, room: int) -> Iterator[slice]:
-    """Parts whose float32 gradients take an eighth of the room, in whole panels of the library."""
+    """Parts whose float32 gradients fit a room, in whole panels of the library."""
     if len(embeddings) == 0:
         return
-    size = max(room // 8 // max(4 * embeddings.shape[1], 1) // 256 * 256, 256)
+    size = max(room // max(4 * embeddings.shape[1], 1) // 256 * 256, 256)
     for start in range(0, len(embeddings), size):
         yield slice(start, min(start + size, len(embeddings)))
 
