@@ -30,6 +30,7 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
   const int64_t lanes = sizes.panel_rows, packed = lanes * dims_ * (kernels_.pairs ? LANES / 2 : LANES);
   transposed_.reset(packed);
   if (of_documents_) by_dimension_.reset(packed);
+  if (of_documents_ && kernels_.pairs) middle_.reset(dims_ * LANES);
   for (Buffer<float>* rows : {&totals_, &factors_, &positive_factors_, &limits_}) rows->reset(lanes);
   positive_ids_.reset(lanes);
   known_ids_.reset(lanes * problem_.known);
@@ -75,6 +76,9 @@ void GroupRun::begin_panel() {
   kept_highest_ = kept_ ? kept_ + tiles_ * sizes_.tile_columns * lanes_ : nullptr;
   look_up_rows();
   pack_rows();
+  const int64_t pairs = (rows_ + 1) / 2;
+  for (int64_t dim = 0; dim < dims_ && middle_.data(); ++dim)
+    kernels_.pair_means(&by_dimension_[dim * pairs * LANES], rows_, &middle_[dim * LANES]);
 }
 
 void GroupRun::look_up_rows() {

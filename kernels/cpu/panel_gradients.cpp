@@ -26,9 +26,9 @@ void GroupRun::shares_of(const Tile& tile, int64_t number, int64_t strip, Scratc
       }
     }
     kernels_.shares(shares, row_blocks_, tile.padded, totals_.data(), factors_.data(), totals, factors);
-    if (totals && kernels_.pairs && rows_ % 2)  // the last row's neighbour is none, and may be near to such a column
+    if (totals && kernels_.pairs && rows_ < lanes_)  // what is no row, and may be near to such a column
       for (int64_t c = 0; c < tile.padded; ++c)
-        shares[(rows_ / LANES * tile.padded + c) * LANES + rows_ % LANES] = 0.0f;
+        std::fill_n(&shares[(rows_ / LANES * tile.padded + c) * LANES + rows_ % LANES], lanes_ - rows_, 0.0f);
   }
   if (call_.all_columns && of_queries_)
     kernels_.take_rows(shares, row_blocks_, tile.padded, &strip_sums_[strip * lanes_]);
@@ -52,10 +52,11 @@ void GroupRun::gradients_of_strip(int64_t strip, Scratch& scratch) {
 void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch) {
   const void *by_lane = scratch.scores.data(), *by_row = scratch.scores.data();
   const void* documents = tile.documents.for_scores.data();
+  float* const lost = scratch.column_floats.data() + 3 * tile.padded;  // of each column, by rounding its shares
   int64_t column_steps = tile.padded, row_steps = rows_, block_lanes = LANES;
   if (kernels_.pairs) {
     if (of_documents_)
-      kernels_.lane_pairs(scratch.scores.data(), scratch.share_lanes.data(), row_blocks_ * tile.padded);
+      kernels_.lane_pairs(scratch.scores.data(), scratch.share_lanes.data(), row_blocks_, tile.padded, lost);
     for (int64_t block = 0; of_queries_ && block < row_blocks_; ++block)
       kernels_.row_pairs(&scratch.scores[block * tile.padded * LANES],
                          &scratch.share_rows[block * tile.padded / 2 * LANES], tile.padded,
@@ -79,11 +80,10 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
       product.c = call_.document_gradient + (group_.columns.first + tile.first) * problem_.width + dim * LANES;
       product.c_row = problem_.width;
       product.add = first_ > 0;
-      kernels_.product_rows(product);
-      continue;
     }
     kernels_.product_rows(product);
-    for (int64_t c = 0; c < tile.count; ++c)
+    if (kernels_.pairs) kernels_.add_outer(product.c, product.c_row, tile.count, lost, &middle_[dim * LANES]);
+    for (int64_t c = 0; product.c == scratch.gradient.data() && c < tile.count; ++c)
       kernels_.add_lanes(call_.document_gradient + group_.columns.member(tile.first + c) * problem_.width + dim * LANES,
                          &scratch.gradient[c * LANES], width, first_ > 0);
   }

@@ -83,6 +83,7 @@ class GroupRun {
   int64_t first_ = 0, rows_ = 0, row_blocks_ = 0, lanes_ = 0;  // of the panel; lanes = row blocks * 32
 
   Buffer<uint32_t> transposed_, by_dimension_;  // the panel's queries, packed for the scores and for dD
+  Buffer<float> middle_;  // [dimension block][32], mean of the panel's queries where products are of pairs
   Buffer<float> totals_, factors_, positive_factors_, limits_;
   Buffer<int32_t> positive_ids_, known_ids_;
   std::vector<int64_t> place_;             // of each row's positive within the group, or -1

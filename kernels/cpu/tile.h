@@ -71,9 +71,14 @@ struct TileKernels {
   // target += factor * source.
   void (*add_scaled)(float* target, const float* source, float factor, int64_t width);
   float (*dot)(const float* a, const float* b, int64_t width);
-  // [count][32] floats -> bfloat16: pairs of neighbouring lanes [count][16], or of neighbours in count [count/2][32];
-  // lost[lane] += what the rounding takes from the sum of a lane.
-  void (*lane_pairs)(const float* in, uint32_t* out, int64_t count);
+  // c[column][32 of c_row] += factors[column] * row[32].
+  void (*add_outer)(float* c, int64_t c_row, int64_t columns, const float* factors, const float* row);
+  // Mean of bfloat16 rows, which lie as pairs of neighbours [(rows + 1) / 2][32]; the last one's neighbour may be 0.
+  void (*pair_means)(const uint32_t* pairs, int64_t rows, float* mean);
+  // Floats -> bfloat16. [row block][column][32 rows] -> pairs of neighbouring rows [row block][column][16];
+  // lost[column] = what the rounding takes from the sum of a column.
+  void (*lane_pairs)(const float* in, uint32_t* out, int64_t row_blocks, int64_t columns, float* lost);
+  // [count][32] -> pairs of neighbours in count [count/2][32]; lost[lane] += what the rounding takes from a lane's sum.
   void (*row_pairs)(const float* in, uint32_t* out, int64_t count, float* lost);
 };
 

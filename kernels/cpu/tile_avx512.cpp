@@ -12,7 +12,7 @@ const TileKernels* kernels_avx512() {
   static const TileKernels kernels = {
       "avx512", false, product<32, 1>, product<1, 32>, finish_scores, exponentials, column_statistics,
       merge_statistics, row_scales, shares,
-      scale_rows, take_rows, add_lanes, add_scaled, dot, nullptr, nullptr};
+      scale_rows, take_rows, add_lanes, add_scaled, dot, nullptr, nullptr, nullptr, nullptr};
   return &kernels;
 }
 

@@ -59,16 +59,54 @@ void pair_product(const Product& p) {
   pair_product_rows_of<1, A_ROW, A_STEP>(p, row);
 }
 
-void lane_pairs(const float* in, uint32_t* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i, in += LANES, out += LANES / 2)
-    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + 16), _mm512_loadu_ps(in)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(4), may_alias));
+
+// The upper or the lower halves of 32-bit lanes as floats.
+inline __m512 half_of(__m512i pairs, bool upper) {
+  const Bits bits = reinterpret_cast<Bits>(pairs);
+  return reinterpret_cast<__m512>(upper ? bits & 0xffff0000u : bits << 16);
 }
 
-// What is lost of the upper and lower half of each 32-bit lane when it becomes a pair.
-inline __m512 lost_by(__m512 value, __m512i pair, bool upper) {
-  typedef uint32_t Bits __attribute__((vector_size(64)));
-  const Bits bits = reinterpret_cast<Bits>(pair), wide = upper ? bits & 0xffff0000u : bits << 16;
-  return value - reinterpret_cast<__m512>(wide);
+// 16 neighbouring numbers as floats.
+inline __m512 floats_at(const uint32_t* pairs) {
+  const Halves halves = *reinterpret_cast<const Halves*>(pairs);
+  return half_of(reinterpret_cast<__m512i>(__builtin_convertvector(halves, Bits)), false);
+}
+
+void pair_means(const uint32_t* pairs, int64_t rows, float* mean) {
+  for (int half = 0; half < LANES; half += 16) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < (rows + 1) / 2; ++i) {
+      const __m512i pair = _mm512_loadu_si512(pairs + i * LANES + half);
+      sum += half_of(pair, false) + half_of(pair, true);
+    }
+    _mm512_storeu_ps(mean + half, sum / float(rows));
+  }
+}
+
+void lane_pairs(const float* in, uint32_t* out, int64_t row_blocks, int64_t columns, float* lost) {
+  for (int64_t column = 0; column < columns; ++column) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t block = 0; block < row_blocks; ++block) {
+      const float* const from = in + (block * columns + column) * LANES;
+      uint32_t* const to = out + (block * columns + column) * LANES / 2;
+      const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
+      _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      sum += (low - floats_at(to)) + (high - floats_at(to + 8));
+    }
+    lost[column] = 0.0f;
+    for (int lane = 0; lane < 16; ++lane) lost[column] += sum[lane];
+  }
+}
+
+void add_outer(float* c, int64_t c_row, int64_t columns, const float* factors, const float* row) {
+  const __m512 low = _mm512_loadu_ps(row), high = _mm512_loadu_ps(row + 16);
+  for (int64_t column = 0; column < columns; ++column, c += c_row) {
+    const __m512 factor = _mm512_set1_ps(factors[column]);
+    _mm512_storeu_ps(c, _mm512_fmadd_ps(factor, low, _mm512_loadu_ps(c)));
+    _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(factor, high, _mm512_loadu_ps(c + 16)));
+  }
 }
 
 void row_pairs(const float* in, uint32_t* out, int64_t count, float* lost) {
@@ -79,7 +117,7 @@ void row_pairs(const float* in, uint32_t* out, int64_t count, float* lost) {
     for (int64_t i = 0; i + 1 < count; i += 2) {
       const __m512 low = _mm512_loadu_ps(in + i * LANES + half), high = _mm512_loadu_ps(in + (i + 1) * LANES + half);
       const __m512i pair = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-      sum = _mm512_add_ps(sum, _mm512_add_ps(lost_by(low, pair, false), lost_by(high, pair, true)));
+      sum += (low - half_of(pair, false)) + (high - half_of(pair, true));
       _mm512_storeu_si512(out + i / 2 * LANES + half, pair);
     }
     _mm512_storeu_ps(lost + half, sum);
@@ -92,7 +130,8 @@ const TileKernels* kernels_avx512bf16() {
   if (!kernels_avx512() || !__builtin_cpu_supports("avx512bf16")) return nullptr;
   static const TileKernels kernels = {
       "avx512+bf16", true, pair_product<16, 1>, pair_product<1, 32>, finish_scores, exponentials, column_statistics,
-      merge_statistics, row_scales, shares, scale_rows, take_rows, add_lanes, add_scaled, dot, lane_pairs, row_pairs};
+      merge_statistics, row_scales, shares, scale_rows, take_rows, add_lanes, add_scaled, dot, add_outer, pair_means,
+      lane_pairs, row_pairs};
   return &kernels;
 }
 

@@ -123,9 +123,7 @@ def test_half_precision_gradients_are_as_good_as_their_type_at_every_temperature
     upstream = torch.linspace(0.1, 1, 48)
     bound = HALF_BOUNDS[dtype]
     near_one = *embeddings(1, 48, 192, width=64, spread=0.05), torch.arange(48) * 4
-    # Where the shares of a column nearly cancel, as in the other direction near cosine 1, the error of each is left.
-    cases = (with_hard_negatives(1, 48, 192), bound), (near_one, 5e-3 if symmetric else bound)
-    for (queries, documents, positives), most in cases:
+    for queries, documents, positives in (with_hard_negatives(1, 48, 192), near_one):
         inputs = queries.to(dtype), documents.to(dtype), positives, upstream
         found = values_and_gradients(grouped_infonce, *inputs, implementation=implementation, **options)
         wanted = values_and_gradients(
@@ -133,7 +131,7 @@ def test_half_precision_gradients_are_as_good_as_their_type_at_every_temperature
         )
         assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
         assert distance(found[0], wanted[0]) <= 1e-4
-        assert all(distance(got, want) <= most for got, want in zip(found[1:], wanted[1:], strict=True))
+        assert all(distance(got, want) <= bound for got, want in zip(found[1:], wanted[1:], strict=True))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 33])
