@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "cpu/buffer.h"
 #include "cpu/infonce.h"
@@ -42,17 +43,22 @@ tdro::Type type_of(const Tensor& tensor) {
   }
 }
 
+// Its numbers, of any type for void.
 template <class Item>
-const Item* items(const MaybeTensor& tensor) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->is_contiguous(), "a mask of the loss is not contiguous; call .contiguous() on it");
-  return static_cast<const Item*>(tensor->data_ptr());
+Item* items(const Tensor& tensor) {
+  if constexpr (!std::is_void_v<Item>) {
+    constexpr bool real = std::is_same_v<Item, float>, wide = std::is_same_v<Item, double>;
+    constexpr ScalarType type = real ? ScalarType::Float : wide ? ScalarType::Double : ScalarType::Long;
+    constexpr const char* name = real ? "torch.float32" : wide ? "torch.float64" : "torch.int64";
+    STD_TORCH_CHECK(tensor.scalar_type() == type, "an input of the loss is of another type than ", name);
+  }
+  STD_TORCH_CHECK(tensor.is_contiguous(), "an input of the loss is not contiguous; call .contiguous() on it");
+  return static_cast<Item*>(tensor.data_ptr());
 }
 
 template <class Item>
-Item* items(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), "an input of the loss is not contiguous; call .contiguous() on it");
-  return static_cast<Item*>(tensor.data_ptr());
+const Item* items(const MaybeTensor& tensor) {
+  return tensor ? items<Item>(*tensor) : nullptr;
 }
 
 // What a call may use if nobody says: so much, or a quarter of its float32 gradients; less what is never counted.
@@ -86,13 +92,17 @@ tdro::Problem problem_of(const Tensor& queries, const Tensor& documents, const T
 }
 
 // An uninitialised tensor on the host. Straight from torch's C interface: small batches notice the dispatcher.
-Tensor floats(std::initializer_list<int64_t> sizes) {
+Tensor uninitialised(std::initializer_list<int64_t> sizes, int32_t type) {
   const int64_t *size = sizes.begin(), strides[2] = {sizes.size() == 2 ? size[1] : 1, 1};
   AtenTensorHandle handle = nullptr;
-  const int32_t type = aoti_torch_dtype_float32(), device = aoti_torch_device_type_cpu();
+  const int32_t device = aoti_torch_device_type_cpu();
   STD_TORCH_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), size, strides, type, device, 0, &handle) == 0,
-                  "no memory for ", size[0], " rows of ", strides[0], " float32");
-  const Tensor made(handle);
+                  "no memory for ", size[0], " rows of ", strides[0], " numbers");
+  return Tensor(handle);
+}
+
+Tensor floats(std::initializer_list<int64_t> sizes) {
+  const Tensor made = uninitialised(sizes, aoti_torch_dtype_float32());
   tdro::prefer_large_pages(made.data_ptr(), size_t(made.numel()) * sizeof(float));
   return made;
 }
@@ -128,9 +138,10 @@ std::tuple<Tensor, Tensor, Tensor> infonce_forward(Tensor queries, Tensor docume
   const tdro::Parallel parallel = torch_threads();
   Tensor scores =
       positive_scores ? torch::stable::clone(*positive_scores) : own_positive_scores(problem, parallel);
-  Tensor rows = floats({problem.rows}), columns = floats({symmetric ? problem.columns : 0});
-  tdro::forward(problem, parallel, items<float>(scores), items<float>(rows),
-                symmetric ? items<float>(columns) : nullptr);
+  const int32_t wide = aoti_torch_dtype_float64();
+  Tensor rows = uninitialised({problem.rows}, wide), columns = uninitialised({symmetric ? problem.columns : 0}, wide);
+  tdro::forward(problem, parallel, items<float>(scores), items<double>(rows),
+                symmetric ? items<double>(columns) : nullptr);
   return {scores, rows, columns};
 }
 

@@ -139,9 +139,9 @@ void positive_scores(const Problem& problem, const Parallel& parallel, float* sc
   });
 }
 
-void forward(const Problem& problem, const Parallel& parallel, const float* positive_scores, float* row_negatives,
-             float* column_negatives) {
-  constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+void forward(const Problem& problem, const Parallel& parallel, const float* positive_scores, double* row_negatives,
+             double* column_negatives) {
+  constexpr double LOWEST = -std::numeric_limits<double>::infinity();
   std::fill_n(row_negatives, problem.rows, LOWEST);
   if (column_negatives) std::fill_n(column_negatives, problem.columns, LOWEST);
   const Groups groups = find_groups(problem);
@@ -181,12 +181,14 @@ void losses(const Problem& problem, const Parallel& parallel, const float* posit
 void losses_backward(const Problem& problem, const Parallel& parallel, const float* positive_scores,
                      const float* losses, const float* row_weights, const float* kept, int64_t kept_floats,
                      float* query_gradient, float* document_gradient) {
-  Buffer<float> totals(problem.rows), positive_factors(problem.rows);
+  Buffer<float> totals(problem.rows), factors(problem.rows), positive_factors(problem.rows);
   for (int64_t i = 0; i < problem.rows; ++i) {
-    totals[i] = positive_scores[i] + losses[i];
+    const Total total(double(positive_scores[i]) + losses[i]);
+    totals[i] = total.rounded;
+    factors[i] = row_weights[i] * total.gain;
     positive_factors[i] = std::expm1(-losses[i]) * row_weights[i];
   }
-  const Shares shares{positive_scores, totals.data(), row_weights, positive_factors.data(), nullptr, nullptr};
+  const Shares shares{positive_scores, totals.data(), factors.data(), positive_factors.data(), nullptr, nullptr};
   const Groups groups = find_groups(problem);
   const Ids ids = number_ids(problem);
   Call call{problem, kernels_for(problem.type), groups, ids, positive_scores};

@@ -36,8 +36,8 @@ struct Problem {
 };
 
 // logsumexp over N_i, and with column_negatives over the rows that have a column as a negative. -inf = none.
-void forward(const Problem& problem, const Parallel& parallel, const float* positive_scores, float* row_negatives,
-             float* column_negatives);
+void forward(const Problem& problem, const Parallel& parallel, const float* positive_scores, double* row_negatives,
+             double* column_negatives);
 
 // Either gradient may be null in all that follows: it is not computed.
 //

@@ -214,16 +214,17 @@ void GroupRun::merge_strips() {
       if (strip_sums_[strip * lanes_ + i] != 0.0f)
         sum += strip_sums_[strip * lanes_ + i] * std::exp(strip_highest_[strip * lanes_ + i] - top);
     const int64_t row = group_.rows.member(first_ + i);
-    const float negatives = sum == 0.0f ? LOWEST : top + std::log(sum);
+    const double negatives = sum == 0.0f ? double(LOWEST) : top + double(std::log(sum));
     if (call_.row_negatives) call_.row_negatives[row] = negatives;
     if (!call_.losses) continue;
-    const float lead = negatives - call_.positive_scores[row];
+    const float lead = float(negatives - call_.positive_scores[row]);
     const float loss = std::max(lead, 0.0f) + std::log1p(std::exp(-std::fabs(lead)));
     call_.losses[row] = std::isnan(lead) ? lead : loss;
     if (!call_.row_weights) continue;
     const float factor = call_.row_weights[row] / problem_.temperature;
-    totals_[i] = call_.positive_scores[row] + loss;
-    factors_[i] = factor;
+    const Total total(double(call_.positive_scores[row]) + loss);
+    totals_[i] = total.rounded;
+    factors_[i] = factor * total.gain;
     positive_factors_[i] = std::expm1(-loss) * factor;
   }
 }
@@ -231,7 +232,7 @@ void GroupRun::merge_strips() {
 void GroupRun::end_columns() {
   for (int64_t c = 0; c < group_.columns.count; ++c)
     call_.column_negatives[group_.columns.member(c)] =
-        column_sums_[c] == 0.0f ? LOWEST : column_highest_[c] + std::log(column_sums_[c]);
+        column_sums_[c] == 0.0f ? double(LOWEST) : column_highest_[c] + double(std::log(column_sums_[c]));
 }
 
 Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {

@@ -4,6 +4,8 @@
 // the bits of the results do not depend on the number of threads.
 #pragma once
 
+#include <cmath>
+
 #include "buffer.h"
 #include "groups.h"
 #include "infonce.h"
@@ -20,8 +22,8 @@ struct Call {
   const Ids& ids;
   const float* positive_scores;  // [rows], scaled
   // forward
-  float* row_negatives = nullptr;     // [rows]
-  float* column_negatives = nullptr;  // [columns] or null
+  double* row_negatives = nullptr;     // [rows]
+  double* column_negatives = nullptr;  // [columns] or null
   // backward
   const Shares* shares = nullptr;
   bool kept = false;  // or to be kept: exponentials for another call, whose panels are the same
@@ -31,6 +33,13 @@ struct Call {
   // forward and backward in one
   const float* row_weights = nullptr;  // [rows]
   float* losses = nullptr;             // [rows]; also of a forward whose weights come later
+};
+
+// A logsumexp that is subtracted from scores. One of 500 is a float in steps of 3e-5, and so would be the sum of a row's
+// shares: the factors take up what is left of it.
+struct Total {
+  explicit Total(double sum) : rounded(float(sum)), gain(float(std::exp(double(rounded) - sum))) {}
+  float rounded, gain;
 };
 
 // Room for the exponentials of a group that its forward keeps for its backward: those of its first panels.

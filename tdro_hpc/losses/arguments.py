@@ -175,7 +175,7 @@ def _checked_temperature(temperature: float | Tensor, queries: Tensor) -> Tensor
 
 
 def _kept_number(value: float, dtype: torch.dtype) -> Tensor:
-    """A number as a tensor [] on the host. Making it takes longer than all checks: calls mostly ask for the same one."""
+    """A number as a tensor [] on the host. Making one takes longer than all checks, and most calls ask for the same."""
     kept = _NUMBERS.get((value, dtype))
     if kept is None:
         kept = torch.full((), value, dtype=dtype, device="cpu")

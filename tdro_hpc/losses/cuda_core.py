@@ -25,6 +25,7 @@ from tdro_hpc.losses.cuda_tiles import (
     shares_of,
     spans,
 )
+from tdro_hpc.losses.torch_core import split_totals
 
 # Rows of a panel with all its columns, from which on three products and the gradients of the columns read and written
 # once more for each panel cost less than a fourth product and one more pass over the scores.
@@ -72,7 +73,7 @@ def forward(
             _add_sums(call, tile, row_sums, column_sums)
         row_negatives = call.queries.unsort(_logsumexp(row_sums), -torch.inf)
         if column_sums is None:
-            return found, row_negatives, found.new_empty(0)
+            return found, row_negatives, row_negatives.new_empty(0)
         return found, row_negatives, call.documents.unsort(_logsumexp(column_sums), -torch.inf)
 
 
@@ -150,7 +151,8 @@ def forward_backward(
             rows = slice(tile.first_row, tile.first_row + tile.rows)
             excess = _logsumexp((row_sums[0][rows], row_sums[1][rows])) - scores[rows]
             losses[rows] = torch.nn.functional.softplus(excess, threshold=SOFTPLUS_THRESHOLD)
-            _add_gradients(call, tile, (scores + losses, weights), None, gradients)
+            totals, gains = split_totals(scores.double() + losses, torch.float32)
+            _add_gradients(call, tile, (totals, weights * gains), None, gradients)
         losses = call.queries.unsort(losses, 0.0)
         factors = row_weights * torch.expm1(-losses) / temperature  # of the positives: their share - 1
         _add_positives(call, positives, factors, undo, gradients)
@@ -250,7 +252,7 @@ def _no_scores(side: Side) -> tuple[Tensor, Tensor]:
 
 
 def _logsumexp(sums: tuple[Tensor, Tensor]) -> Tensor:
-    return sums[0] + sums[1].log()  # -inf for sums of nothing
+    return sums[0].double() + sums[1].double().log()  # -inf for sums of nothing
 
 
 def _gain(dtype: torch.dtype, temperature: Tensor, factors: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -20,7 +20,7 @@ from tdro_hpc.config.schema import LOSS_IMPLEMENTATIONS
 from tdro_hpc.losses import fused, host, torch_core, torch_ops
 from tdro_hpc.losses.arguments import Problem, checked_arguments, checked_row_weights, refuse_positives_outside
 from tdro_hpc.losses.tiles import groups_on_host
-from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, add_rows
+from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, add_rows, split_totals
 
 
 def grouped_infonce(
@@ -208,14 +208,14 @@ class _GroupedInfoNCE(torch.autograd.Function):
         positive_scores, row_negatives, column_negatives = core_of(use_fused).forward(
             queries, documents, positives, None, temperature, *groups, *ids, margin, log_weights, symmetric
         )
-        excess = row_negatives - positive_scores
+        excess = _excess(row_negatives, positive_scores)
         sums = positive_scores, row_negatives, column_negatives, excess
         ctx.save_for_backward(queries, documents, temperature, positives, *sums, *groups, *ids, log_weights)
         ctx.options = margin, symmetric, use_fused
         losses = softplus(excess, threshold=SOFTPLUS_THRESHOLD)
         if not symmetric:
             return losses
-        excess = column_negatives.index_select(0, positives) - positive_scores
+        excess = _excess(column_negatives.index_select(0, positives), positive_scores)
         return (losses + softplus(excess, threshold=SOFTPLUS_THRESHOLD)) / 2
 
     @staticmethod
@@ -232,14 +232,16 @@ class _GroupedInfoNCE(torch.autograd.Function):
         positive_factors = -row_shares
         if symmetric:
             # A column's rows count in the losses of all rows whose positive it is.
-            excess = column_negatives.index_select(0, positives) - positive_scores
+            excess = _excess(column_negatives.index_select(0, positives), positive_scores)
             column_shares = torch.sigmoid(excess) * upstream
             positive_factors = positive_factors - column_shares
-            column_factors = torch.zeros_like(column_negatives)
+            column_factors = torch.zeros_like(column_negatives, dtype=excess.dtype)
             add_rows(column_factors, positives, column_shares)
-            column_totals = finite_sums(column_negatives)
+            column_totals, gains = split_totals(column_negatives, excess.dtype)
+            column_factors *= gains
+        row_totals, gains = split_totals(row_negatives, excess.dtype)
         problem = queries, documents, positives, positive_scores, temperature, *masks, margin, log_weights
-        shares = finite_sums(row_negatives), row_shares, positive_factors, column_totals, column_factors
+        shares = row_totals, row_shares * gains, positive_factors, column_totals, column_factors
         gradients = list(core_of(use_fused).backward(*problem, *shares))
         return *_gradients(ctx, queries, documents, temperature, gradients), None, None, None
 
@@ -347,9 +349,9 @@ def _is_one(factor: Tensor) -> bool:
     return factor.is_cpu and not torch.compiler.is_compiling() and float(factor) == 1
 
 
-def finite_sums(sums: Tensor) -> Tensor:
-    """The logsumexps, with the least number in place of those over nothing, so that a difference is never NaN."""
-    return sums.clamp(min=torch.finfo(sums.dtype).min)
+def _excess(negatives: Tensor, positive_scores: Tensor) -> Tensor:
+    """By how much the logsumexp of the negatives exceeds the positive."""
+    return (negatives - positive_scores).to(positive_scores.dtype)
 
 
 def core_of(use_fused: bool) -> ModuleType:

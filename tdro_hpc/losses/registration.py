@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdro_hpc.losses.torch_core import split_totals
 from tdro_hpc.losses.torch_ops import Argument, backward_shapes, forward_backward_shapes, forward_shapes
 
 
@@ -56,13 +57,17 @@ def _backward(ctx: Any, of_scores: Tensor, of_rows: Tensor, of_columns: Tensor) 
     """A sum over exponentials asks of each score its share: the scores' own gradients are what backward forms."""
     *tensors, log_weights, scores, row_negatives, column_negatives = ctx.saved_tensors
     queries, documents, positives, given, temperature, *masks = tensors
-    least = torch.finfo(row_negatives.dtype).min  # for sums over nothing, so that no difference is NaN
     of_positives = torch.zeros_like(of_scores) if given is not None else of_scores
-    shares: list[Tensor | None] = [row_negatives.clamp(min=least), of_rows.contiguous(), of_positives.contiguous()]
-    shares += [column_negatives.clamp(min=least), of_columns.contiguous()] if ctx.symmetric else [None, None]
+    shares: list[Tensor | None] = [*_shares(row_negatives, of_rows), of_positives.contiguous()]
+    shares += _shares(column_negatives, of_columns) if ctx.symmetric else [None, None]
     of_queries, of_documents = torch.ops.tdro_hpc.infonce_backward(
         queries, documents, positives, scores, temperature, *masks, ctx.margin, log_weights, *shares
     )
     of_temperature = -(queries * of_queries).sum(dtype=temperature.dtype) / temperature
     gradients = of_queries.to(queries.dtype), of_documents.to(documents.dtype), None
     return *gradients, None if given is None else of_scores, of_temperature.to(temperature.device), *(None,) * 8
+
+
+def _shares(sums: Tensor, upstream: Tensor) -> list[Tensor]:
+    totals, gains = split_totals(sums, torch.float32)
+    return [totals, (gains * upstream).float()]

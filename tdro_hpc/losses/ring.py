@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from tdro_hpc.losses.arguments import checked_arguments, refuse_positives_outside
-from tdro_hpc.losses.infonce import core_of, finite_sums, fused_serves, temperature_gradient
-from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD
+from tdro_hpc.losses.infonce import core_of, fused_serves, temperature_gradient
+from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, split_totals
 from tdro_hpc.parallel.gather import pass_on
 from tdro_hpc.parallel.process import group_rank
 
@@ -96,7 +96,7 @@ class _RingInfoNCE(torch.autograd.Function):
         of_columns = [tensor for tensor in (documents, document_group, column_ids) if tensor is not None]
         columns = _Circle(of_columns, sizes, group_rank(), _COLUMNS_TAG)
         positive_scores: Tensor | None = None
-        row_negatives = torch.full((len(queries),), -math.inf, device=queries.device, dtype=temperature.dtype)
+        row_negatives = torch.full((len(queries),), -math.inf, device=queries.device, dtype=torch.float64)
         for _ in columns.turns():
             positive_scores, found = rows.sums(columns, positive_scores)
             row_negatives = torch.logaddexp(row_negatives, found)
@@ -104,7 +104,8 @@ class _RingInfoNCE(torch.autograd.Function):
         of_rows = queries, temperature, positives, query_group, positive_ids, known_ids
         ctx.save_for_backward(*of_rows, positive_scores, row_negatives, *of_columns)
         ctx.options = margin, sizes, use_fused
-        return softplus(row_negatives - positive_scores, threshold=SOFTPLUS_THRESHOLD)
+        excess = (row_negatives - positive_scores).to(positive_scores.dtype)
+        return softplus(excess, threshold=SOFTPLUS_THRESHOLD)
 
     @staticmethod
     @once_differentiable
@@ -113,7 +114,8 @@ class _RingInfoNCE(torch.autograd.Function):
         positive_scores, row_negatives, *of_columns = more
         margin, sizes, use_fused = ctx.options
         rows = _Rows(queries, temperature, positives, query_group, positive_ids, known_ids, margin, use_fused)
-        shares = torch.sigmoid(row_negatives - positive_scores) * upstream  # of a row's negatives in its softmax
+        excess = (row_negatives - positive_scores).to(positive_scores.dtype)
+        shares = torch.sigmoid(excess) * upstream  # of a row's negatives in its softmax
         columns = _Circle(of_columns, sizes, group_rank(), _COLUMNS_TAG)
         of_queries = torch.zeros_like(queries, dtype=shares.dtype)
         asked: _Circle | None = None  # what the ranks before ask of the columns, a turn behind them
@@ -159,7 +161,8 @@ class _Rows:
         self, columns: "_Circle", positive_scores: Tensor, row_negatives: Tensor, shares: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Of the queries and of the columns that are here, where `shares` [rows] is asked of a row's negatives."""
-        of_rows = finite_sums(row_negatives), shares, -shares
+        totals, gains = split_totals(row_negatives, shares.dtype)
+        of_rows = totals, shares * gains, -shares
         return core_of(self.use_fused).backward(*self._problem(columns, positive_scores), *of_rows, None, None)
 
     def _problem(self, columns: "_Circle", positive_scores: Tensor | None) -> tuple[Any, ...]:

@@ -52,24 +52,24 @@ def forward(
                               positive or one of its known ids (-1 = none) does not count
     margin                    columns with q . d > the positive's - margin do not count; None = off
     log_weights [columns]     added to the scores of negatives; None = 0
-    returns   positive_scores [rows], row_negatives [rows], column_negatives [columns] or [0], in float32, or float64
-              for float64 embeddings; -inf where nothing counts
+    returns   positive_scores [rows] in float32, or float64 for float64 embeddings; row_negatives [rows] and
+              column_negatives [columns] or [0] in float64; -inf where nothing counts
     raises    IndexError for a positive that is no column, without positive_scores (on CUDA, the device's assertion)
     """
     with _exact_products(queries.device):
         found = _scores_of_positives(queries, documents, positives, positive_scores, temperature)
         limits = _limits(found, margin, temperature)
         masks = _Masks(positives, column_ids, positive_ids, known_ids, limits, log_weights)
-        row_negatives = torch.full_like(found, -math.inf)
-        column_negatives = found.new_full((len(documents) if symmetric else 0,), -math.inf)
+        row_negatives = torch.full_like(found, -math.inf, dtype=torch.float64)
+        column_negatives = row_negatives.new_full((len(documents) if symmetric else 0,), -math.inf)
         for block in _blocks(queries, documents, query_group, document_group, block_rows):
             scaled = _wide(queries[block.rows]) / temperature
             running = row_negatives[block.rows]
             for columns in block.columns:
                 scores = masks.apply(scaled @ _wide(documents[columns]).mT, block.rows, columns)
-                running = torch.logaddexp(running, torch.logsumexp(scores, dim=-1))
+                running = torch.logaddexp(running, _logsumexp(scores, -1))
                 if symmetric:
-                    of_tile = torch.logsumexp(scores, dim=-2)
+                    of_tile = _logsumexp(scores, -2)
                     column_negatives[columns] = torch.logaddexp(column_negatives[columns], of_tile)
             row_negatives[block.rows] = running
     return found, row_negatives, column_negatives
@@ -144,7 +144,8 @@ def forward_backward(
         limits = _limits(positive_scores, margin, temperature)
         masks = _Masks(positives, column_ids, positive_ids, known_ids, limits, log_weights)
         gradients = _Gradients(queries, documents)
-        excess = torch.full_like(positive_scores, -math.inf)  # logsumexp of a row's negatives - its positive
+        # logsumexp of a row's negatives - its positive
+        excess = torch.full_like(positive_scores, -math.inf, dtype=torch.float64)
         factors = row_weights / temperature
         for block in _blocks(queries, documents, query_group, document_group, panel_rows):
             scaled = _wide(queries[block.rows]) / temperature
@@ -153,15 +154,29 @@ def forward_backward(
             for columns in block.columns:
                 scores = masks.apply(scaled @ _wide(documents[columns]).mT, block.rows, columns)
                 panel.append(scores.sub_(positive.unsqueeze(-1)))
-                running = torch.logaddexp(running, torch.logsumexp(scores, dim=-1))
+                running = torch.logaddexp(running, _logsumexp(scores, -1))
             excess[block.rows] = running
-            totals = torch.nn.functional.softplus(running, threshold=SOFTPLUS_THRESHOLD).unsqueeze(-1)
+            whole = torch.nn.functional.softplus(running, threshold=SOFTPLUS_THRESHOLD)
+            totals, gains = split_totals(whole, positive.dtype)
+            of_rows = factors[block.rows] * gains
             for columns, scores in zip(block.columns, panel, strict=True):
-                shares = scores.sub_(totals).exp_().mul_(factors[block.rows].unsqueeze(-1))
+                shares = scores.sub_(totals.unsqueeze(-1)).exp_().mul_(of_rows.unsqueeze(-1))
                 gradients.add(shares, block.rows, columns)
+        excess = excess.to(positive_scores.dtype)
         gradients.add_positives(positives, -torch.sigmoid(excess) * factors)
         losses = torch.nn.functional.softplus(excess, threshold=SOFTPLUS_THRESHOLD)
     return losses, gradients.queries, gradients.documents
+
+
+def split_totals(sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logsumexps in float64 as totals for `backward`, which are finite, and what its factors must be multiplied by.
+
+    A total of 500 is a float32 in steps of 3e-5, and so would be the sum of a row's shares; the factors take up what is
+    left of it.
+    """
+    bounded = sums.clamp(min=torch.finfo(dtype).min)  # of nothing: so that no difference is NaN
+    totals = bounded.to(dtype)
+    return totals, (totals - bounded).exp().to(dtype)
 
 
 def add_rows(target: Tensor, index: Tensor, values: Tensor) -> None:
@@ -245,6 +260,12 @@ def _add_product(target: Tensor, index: Index, left: Tensor, right: Tensor) -> N
         target[index].addmm_(left, right)
     else:
         target[index] += left @ right
+
+
+def _logsumexp(scores: Tensor, dim: int) -> Tensor:
+    """In float64 what torch.logsumexp rounds to the type of the scores."""
+    highest = scores.amax(dim, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+    return highest.squeeze(dim).double() + (scores - highest).exp_().sum(dim).log().double()
 
 
 def _limits(positive_scores: Tensor, margin: float | None, temperature: Tensor) -> Tensor | None:

@@ -21,7 +21,8 @@ def forward_shapes(queries: Tensor, documents: Tensor, *rest: Argument) -> tuple
     """What forward gives, without values. The arguments of each are those of the function of its name."""
     rows = queries.new_empty(len(queries), dtype=_dtype_of_sums(queries))
     symmetric = rest[-1]
-    return rows, torch.empty_like(rows), rows.new_empty(len(documents) if symmetric else 0)
+    sums = torch.empty_like(rows, dtype=torch.float64)
+    return rows, sums, sums.new_empty(len(documents) if symmetric else 0)
 
 
 def backward_shapes(queries: Tensor, documents: Tensor, *rest: Argument) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ def test_parts_of_the_columns_add_up_to_the_whole(core):
     scores, negatives, none = core.forward(queries, documents, positives, None, TEMPERATURE, *whole, False)
     assert none.shape == (0,)
     factors, positive_factors = torch.linspace(-1, 2, 9), torch.linspace(2, -1, 9)
-    shares = negatives.clamp(min=-1e30), factors, positive_factors, None, None
+    shares = negatives.clamp(min=-1e30).float(), factors, positive_factors, None, None
     wanted = core.backward(queries, documents, positives, scores, TEMPERATURE, *whole, *shares)
     merged, for_queries, for_documents = torch.full((9,), -torch.inf), 0, []
     for part in (slice(0, 7), slice(7, 8), slice(8, 40)):
@@ -67,10 +67,10 @@ def test_both_give_the_same(symmetric):
     for got, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # logits up to 20, float32
     generator = torch.Generator().manual_seed(0)
-    row_totals, column_totals = wanted[1].clamp(min=-1e30), wanted[2].clamp(min=-1e30) if symmetric else None
+    row_totals, column_totals = (sums.clamp(min=-1e30).float() for sums in wanted[1:])
     row_factors, positive_factors = torch.randn(2, 70, generator=generator)
     column_factors = torch.randn(300, generator=generator) if symmetric else None
-    shares = row_totals, row_factors, positive_factors, column_totals, column_factors
+    shares = row_totals, row_factors, positive_factors, column_totals if symmetric else None, column_factors
     found, wanted = (
         core.backward(queries, documents, positives, wanted[0], TEMPERATURE, *masks, *shares)
         for core in (fused, torch_core)

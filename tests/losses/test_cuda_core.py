@@ -74,8 +74,8 @@ def check_all(kernels, queries, documents, positives, masks, *, temperature=0.02
     sides = queries, documents, positives
     found = cuda_core.forward(*sides, None, temperature, *masks, symmetric, kernels=kernels)
     wanted = dense_core.forward(*sides, None, temperature, *masks, symmetric)
+    assert [got.dtype for got in found] == [torch.float32, torch.float64, torch.float64]
     for got, want in zip(found, wanted, strict=True):
-        assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, rtol=0, atol=noise)
 
     generator = torch.Generator().manual_seed(0)
