@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tdro_hpc.losses import grouped_infonce, weighted_infonce
 from tests.reference.loss_cases import IMPLEMENTATIONS, choices, embeddings, values_and_gradients
@@ -54,6 +56,23 @@ def test_padding_of_known_positives_matches_no_column(implementation):
     inputs, options = (queries, documents, torch.tensor([0])), {"temperature": 0.1, "implementation": implementation}
     ids = {"document_ids": torch.tensor([5, -1, -1]), "known_positive_ids": torch.tensor([[-1]])}
     assert torch.equal(grouped_infonce(*inputs, **options, **ids), grouped_infonce(*inputs, **options))
+
+
+@both
+def test_a_temperature_may_first_be_met_where_no_gradient_can_follow(implementation):
+    """Tensors of inference mode, and those of no values, are not for a later call that trains."""
+    queries, documents, positives = torch.eye(2), torch.eye(2), torch.arange(2)
+    options = {"temperature": 0.123, "implementation": implementation}
+    with torch.inference_mode():
+        wanted = grouped_infonce(torch.eye(2), documents, positives, **options)
+        grouped_infonce(queries, documents, positives, **options)
+    with FakeTensorMode(shape_env=ShapeEnv()) as fake:
+        sides = fake.from_tensor(queries), fake.from_tensor(documents)
+        assert grouped_infonce(*sides, fake.from_tensor(positives), **options).shape == (2,)
+    for _ in range(2):
+        losses = grouped_infonce(queries.requires_grad_(), documents, positives, **options)
+        losses.sum().backward()
+        assert torch.equal(losses, wanted) and queries.grad.isfinite().all()
 
 
 @both

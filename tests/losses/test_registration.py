@@ -98,3 +98,32 @@ def test_temperatures_and_batches_of_any_size_share_one_compiled_function():
         found = compiled(*sides, temperature)
         wanted = grouped_infonce(*sides, torch.arange(rows), temperature=temperature, implementation="torch")
         assert distance(found, wanted) < 1e-5
+
+
+def test_an_input_of_another_type_is_refused(library):
+    """Totals are float32 and the sums that they come from float64: read as the other they would be any numbers."""
+    queries, documents, positives, temperature, masks = problem(masked=False)
+    scores, sums, _ = library.infonce_forward(queries, documents, positives, None, temperature, *masks, False)
+    inputs = queries, documents, positives, scores, temperature, *masks
+    for shares in ((sums, scores, scores), (scores, scores.double(), scores)):
+        with pytest.raises(RuntimeError, match="of another type than torch.float32"):
+            library.infonce_backward(*inputs, *shares, None, None)
+    with pytest.raises(RuntimeError, match="of another type than torch.int64"):
+        library.infonce_forward(queries, documents, positives.int(), None, temperature, *masks, False)
+
+
+@pytest.mark.parametrize("workspace", [1 << 21, 1 << 26])
+def test_groups_whose_exponentials_fit_are_scored_once(library, workspace):
+    """The exponentials of 32 rows with all 24,000 columns need 3 MB, with those of their group 0.25 MB."""
+    queries, documents = (side.float() for side in embeddings(1, 96, 24_000, width=32))
+    groups = torch.arange(12)
+    masks = groups.repeat_interleave(8), groups.repeat_interleave(2000), *(None,) * 5
+    inputs = queries, documents, torch.arange(96) * 250, torch.tensor(0.05), *masks
+    weights = torch.linspace(-1, 2, 96)
+    found = library.infonce_gradients(*inputs, weights, workspace, True, True)
+    for group in groups.tolist():
+        rows, columns = slice(8 * group, 8 * group + 8), slice(2000 * group, 2000 * group + 2000)
+        own = queries[rows], documents[columns], inputs[2][rows] - columns.start, inputs[3], *(None,) * 7
+        alone = library.infonce_gradients(*own, weights[rows], 1 << 26, True, True)
+        for got, want, part in zip(found, alone, (rows, rows, rows, columns), strict=True):
+            assert torch.equal(got[part], want)
