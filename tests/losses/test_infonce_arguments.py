@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tdro_hpc.losses import grouped_infonce, weighted_infonce
 from tests.reference.loss_cases import IMPLEMENTATIONS, choices, embeddings, values_and_gradients
@@ -66,9 +65,10 @@ def test_a_temperature_may_first_be_met_where_no_gradient_can_follow(implementat
     with torch.inference_mode():
         wanted = grouped_infonce(torch.eye(2), documents, positives, **options)
         grouped_infonce(queries, documents, positives, **options)
-    with FakeTensorMode(shape_env=ShapeEnv()) as fake:
-        sides = fake.from_tensor(queries), fake.from_tensor(documents)
-        assert grouped_infonce(*sides, fake.from_tensor(positives), **options).shape == (2,)
+    with FakeTensorMode() as fake:
+        sides = fake.from_tensor(queries).requires_grad_(), fake.from_tensor(documents)
+        weights = {"row_weights": fake.from_tensor(torch.ones(2))}
+        assert weighted_infonce(*sides, fake.from_tensor(positives), **weights, **options)[1].shape == (2,)
     for _ in range(2):
         losses = grouped_infonce(queries.requires_grad_(), documents, positives, **options)
         losses.sum().backward()
