@@ -99,6 +99,7 @@ OURS = {
 
 PEERS = {
     "naive": Implementation("`matmul`, then `cross_entropy`", peers.naive),
+    "naive rows": Implementation("naive with a loss a row, then their mean", peers.naive_rows),
     "naive mask": Implementation("naive with other groups masked", peers.naive_mask, "sorted groups"),
     "naive loop": Implementation("naive in a loop over sorted groups", peers.naive_loop, "sorted groups"),
     "torch chunked": Implementation(

@@ -47,6 +47,17 @@ def naive(inputs: Inputs) -> Step:
     return by_autograd(inputs, loss_of)
 
 
+def naive_rows(inputs: Inputs) -> Step:
+    """The same with a loss a row, which the caller weights."""
+    temperature = inputs.case.temperature
+
+    def loss_of() -> Tensor:
+        scores = torch.matmul(inputs.queries, inputs.documents.transpose(0, 1))
+        return functional.cross_entropy(scores / temperature, inputs.positives, reduction="none").mean()
+
+    return by_autograd(inputs, loss_of)
+
+
 def naive_mask(inputs: Inputs) -> Step:
     """All scores, those of other groups masked: what a mask costs where groups save no work."""
     keywords, rows = keywords_of("sorted groups", inputs.case.shape), torch.arange(inputs.case.shape.rows)

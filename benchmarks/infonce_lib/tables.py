@@ -69,7 +69,7 @@ TIME_TABLES = {
     ),
     "small": TimeTable(
         "Time of loss and gradients, small batches, float32 embeddings",
-        ("naive", *CHUNKED, "tiled probe", "torch tiles", "rows", "mean"),
+        ("naive", "naive rows", *CHUNKED, "tiled probe", "torch tiles", "rows", "mean"),
         "naive",
         shapes_of((16, 64, 256, 512, 1024), (0, 1), (384, 1024)),
         FLOAT32_GOALS,
@@ -116,6 +116,7 @@ class Session:
     def __init__(self, rounds: Rounds) -> None:
         self.rounds, self.options = rounds, rounds.options
         self.raw: list[dict] = []  # every figure, for json=
+        self._peaks: dict[str, float] | None = None
         self._newest: dict[str, tuple[int, float]] = {}  # flops and seconds of the newest shape, by label
 
     def shapes(self, own: tuple[Shape, ...]) -> tuple[Shape, ...]:
@@ -153,6 +154,14 @@ class Session:
         flops, seconds = self._newest.get(label, (0, 0.0))
         return seconds * shape.flops / flops if flops * FORETOLD_TIMES >= shape.flops else 0.0
 
+    def peak(self, dtype: str) -> float:
+        """GFLOP/s of multiply-adds on registers alone, measured once a run; 0 where that is not known."""
+        if self._peaks is None:
+            arguments = {"widths": (), "threads": self.options.threads, "seconds": self.options.seconds}
+            job = Job("rates", "infonce_lib.roofline", "RateWorkload", arguments, timed=False)
+            self._peaks = self.rounds.measure([job])["rates"].first.figures
+        return self._peaks.get(f"multiply-add loop, {dtype}", 0.0)
+
     def keep(self, table: str, row: str, label: str, figure: Figure) -> None:
         """Put a figure among those that json= writes."""
         samples = [vars(sample) for sample in figure.samples]
@@ -176,12 +185,19 @@ def time_table(session: Session, name: str) -> Report:
     shapes = session.shapes(table.shapes)
     goal_names = list(dict.fromkeys(goal.name for goal in goals))
     others = [label for label in labels if label != table.relative_to]
-    report = Report(table.title, ["B, n, d", table.relative_to, *others, *(f"goal: {each}" for each in goal_names)])
+    # Where something is compared with naive, what the products alone would take of its time.
+    peak = session.peak("bfloat16" if name == "bf16" else "float32") if table.relative_to == "naive" else 0.0
+    floor = ["products at peak"] if peak else []
+    goal_columns = [f"goal: {each}" for each in goal_names]
+    report = Report(table.title, ["B, n, d", table.relative_to, *others, *floor, *goal_columns])
     highest: dict[str, tuple[float, Shape]] = {}
     for shape in shapes:
         figures = session.measure(name, shape, labels)
         base = figures.get(table.relative_to)
         cells = [seconds_cell(base), *(ratio_cell(figures[label], base) for label in others)]
+        if peak:
+            known = base is not None and base.samples
+            cells.append(f"{1e-9 * shape.flops / peak / base.seconds:.2f}" if known else "-")
         cells += [_goal_cell(report, goals, each, shape, figures) for each in goal_names]
         report.rows.append([str(shape), *cells])
         for label in ("mean", "mean bf16"):
@@ -189,6 +205,10 @@ def time_table(session: Session, name: str) -> Report:
             if value is not None and value >= highest.get(label, (0.0, shape))[0]:
                 highest[label] = value, shape
     report.notes += [f"Cells: time as a multiple of {table.relative_to}, whose own time stands first. {STAR}"]
+    if peak:
+        report.notes.append(
+            f"Products at peak: 6 B M d at the {peak:.0f} GFLOP/s of a loop of multiply-adds on registers."
+        )
     if table.relative_to == "naive":
         for label, (value, shape) in highest.items():
             said = verdict(report, value, 1.0)

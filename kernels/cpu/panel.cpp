@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t STEP_BLOCKS = 6;  // of 32 dimensions that scores sum at a time: the operands stay in the first cache
 constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 96;
-constexpr int64_t MAX_STRIPS = 16, STRIP_COLUMNS = 384;
+constexpr int64_t MAX_STRIPS = 16, STRIP_COLUMNS = 540;
 constexpr int64_t HELD_BYTES = 4 << 20;
 
 }  // namespace
@@ -238,8 +238,10 @@ void GroupRun::end_columns() {
 Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const int64_t columns = group.columns.count, rows = blocks_of(group.rows.count) * LANES;
   const int64_t width = blocks_of(call.problem.width) * LANES;
-  // Every strip has its own sum of dQ: few columns a strip would cost more in sums than in products.
-  const int64_t strips = std::clamp<int64_t>(columns / STRIP_COLUMNS, columns > 24 ? 2 : 1, MAX_STRIPS);
+  // Every strip has its own sum of dQ: few columns a strip would cost more in sums than in products. A power of two:
+  // three strips would take two threads as long as four.
+  int64_t strips = columns > 24 ? 2 : 1;
+  while (strips < MAX_STRIPS && columns > strips * STRIP_COLUMNS) strips *= 2;
   const int64_t even = (columns + strips - 1) / strips;
   const int64_t tiles = (even + MAX_TILE_COLUMNS - 1) / MAX_TILE_COLUMNS;  // of a strip: as many in each
   const int64_t tile = ((even + tiles - 1) / tiles + 3) / 4 * 4;           // products take 12, 8 or 4 at a time
