@@ -73,7 +73,7 @@ void* acquire(size_t bytes, size_t* held) {
       *held = found.bytes;
       return found.memory;
     }
-    for (size_t i = from.kept.size(); i-- > 0;)  // large memory of another shape: the new takes its place
+    for (size_t i = from.kept.size(); i-- > 0;)  // large memory of a call of another shape: it goes
       if (from.kept[i].bytes >= MAPPED_BYTES) {
         to_system(from.kept[i].memory, from.kept[i].bytes);
         from.bytes -= from.kept[i].bytes;

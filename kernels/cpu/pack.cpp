@@ -12,7 +12,6 @@ constexpr int64_t STEPS = 32;
 constexpr int64_t SQUARE = 4;  // lanes and dimensions that are transposed in registers
 
 typedef float Four __attribute__((vector_size(16)));
-typedef int32_t Places __attribute__((vector_size(16)));
 typedef float LooseFour __attribute__((vector_size(16), aligned(4), may_alias));
 
 float from_bfloat16(uint16_t bits) {
@@ -42,12 +41,8 @@ const uint16_t* half_row(const Rows& rows, int64_t i) {
 void transpose(const float* const* lanes, int64_t k, float* out) {
   Four rows[SQUARE];
   for (int64_t lane = 0; lane < SQUARE; ++lane) rows[lane] = *reinterpret_cast<const LooseFour*>(lanes[lane] + k);
-  const Places low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
-  const Four a = __builtin_shuffle(rows[0], rows[1], low), b = __builtin_shuffle(rows[2], rows[3], low);
-  const Four c = __builtin_shuffle(rows[0], rows[1], high), d = __builtin_shuffle(rows[2], rows[3], high);
-  const Four columns[SQUARE] = {__builtin_shuffle(a, b, first), __builtin_shuffle(a, b, second),
-                                __builtin_shuffle(c, d, first), __builtin_shuffle(c, d, second)};
-  for (int64_t i = 0; i < SQUARE; ++i) *reinterpret_cast<LooseFour*>(out + i * LANES) = columns[i];
+  for (int64_t i = 0; i < SQUARE; ++i)
+    *reinterpret_cast<LooseFour*>(out + i * LANES) = Four{rows[0][i], rows[1][i], rows[2][i], rows[3][i]};
 }
 
 struct Room {  // of converted rows

@@ -214,7 +214,7 @@ void GroupRun::merge_strips() {
       if (strip_sums_[strip * lanes_ + i] != 0.0f)
         sum += strip_sums_[strip * lanes_ + i] * std::exp(strip_highest_[strip * lanes_ + i] - top);
     const int64_t row = group_.rows.member(first_ + i);
-    const double negatives = sum == 0.0f ? double(LOWEST) : top + double(std::log(sum));
+    const double negatives = sum == 0.0f ? double(LOWEST) : top + std::log(double(sum));
     if (call_.row_negatives) call_.row_negatives[row] = negatives;
     if (!call_.losses) continue;
     const float lead = float(negatives - call_.positive_scores[row]);
@@ -232,7 +232,7 @@ void GroupRun::merge_strips() {
 void GroupRun::end_columns() {
   for (int64_t c = 0; c < group_.columns.count; ++c)
     call_.column_negatives[group_.columns.member(c)] =
-        column_sums_[c] == 0.0f ? double(LOWEST) : column_highest_[c] + double(std::log(column_sums_[c]));
+        column_sums_[c] == 0.0f ? double(LOWEST) : column_highest_[c] + std::log(double(column_sums_[c]));
 }
 
 Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {

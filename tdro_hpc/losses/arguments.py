@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -178,8 +179,9 @@ def _kept_number(value: float, dtype: torch.dtype) -> Tensor:
     """A number as a tensor [] on the host. Making one takes longer than all checks, and most calls ask for the same."""
     kept = _NUMBERS.get((value, dtype))
     if kept is None:
-        kept = torch.full((), value, dtype=dtype, device="cpu")
-        if type(kept) is Tensor and len(_NUMBERS) < MOST_NUMBERS:
+        # From numpy: under a mode or a transform of torch its own functions give tensors for that alone.
+        kept = torch.from_numpy(numpy.full((), value, dtype="float64" if dtype == torch.float64 else "float32"))
+        if len(_NUMBERS) < MOST_NUMBERS:
             _NUMBERS[value, dtype] = kept
     return kept
 

@@ -58,7 +58,8 @@ def forward_backward(
     row_losses, scores = torch.empty_like(row_weights), torch.empty_like(row_weights)
     of_queries = problem.queries.new_empty(problem.queries.shape if sides[0] else (0,))
     for part in _parts(problem.queries, room // 16):
-        found = operator(*problem.of_rows(part), row_weights[part], room * 13 // 16, sides[0], False)
+        of_part = problem.of_rows(part)
+        found = operator(*of_part, row_weights[part], _left_beside(of_part.queries, room), sides[0], False)
         row_losses[part], scores[part] = found[:2]
         if sides[0]:
             of_queries[part] = found[2]
@@ -83,8 +84,13 @@ def _of_part(problem: Problem, row_losses: Tensor, scores: Tensor, row_weights: 
     """The float32 gradient of one side of a part."""
     found = row_losses, scores, row_losses.new_empty(0)
     operator = torch.ops.tdro_hpc.infonce_losses_backward.default
-    left = room * (13, 8)[side] // 16
+    left = _left_beside((problem.queries, problem.documents)[side], room)
     return operator(*problem, *found, row_weights, left, side == 0, side == 1)[side]
+
+
+def _left_beside(part: Tensor, room: int) -> int:
+    """What a call of the library may use beside the float32 gradient of a part."""
+    return max(room - room // 8 - 4 * part.numel(), room // 4)
 
 
 def _parts(embeddings: Tensor, room: int) -> Iterator[slice]:

@@ -285,6 +285,7 @@ class _WeightedInfoNCE(torch.autograd.Function):
         call: tuple[Problem, bool, int],
     ) -> tuple[Tensor, Tensor]:
         problem, *ctx.options = call
+        ctx.dtype = problem.queries.dtype
         losses, ctx.gradients = _weighted(ctx, problem, row_weights)
         # The gradients are not among the saved tensors: those are held until backward has returned, so its receiver
         # would copy them.
@@ -303,39 +304,50 @@ class _WeightedInfoNCE(torch.autograd.Function):
             problem, (row_weights, _) = _saved(ctx)
             _, gradients = _weighted(ctx, problem, row_weights)
         if not _is_one(upstream):
-            gradients = [None if gradient is None else gradient.mul_(upstream) for gradient in gradients]
-        of_weights = upstream * _saved(ctx)[1][1] if ctx.needs_input_grad[3] else None
-        return gradients.pop(0), gradients.pop(0), gradients.pop(0), of_weights, None  # held by none but the caller
+            gradients = [gradient.mul_(upstream) for gradient in gradients]
+        for_temperature, for_weights = ctx.needs_input_grad[2:4]
+        of_temperature = of_weights = None
+        if for_temperature or for_weights:
+            problem, (_, losses) = _saved(ctx)
+            if for_temperature:
+                of_temperature = temperature_gradient(problem.queries, gradients[0], problem.temperature)
+            of_weights = upstream * losses if for_weights else None
+        return *_of_sides(ctx, gradients, ctx.dtype), of_temperature, of_weights, None
 
 
-def _weighted(ctx: Any, problem: Problem, row_weights: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """Losses, and what is asked of the gradients [of queries, documents, temperature] of their weighted sum."""
+def _weighted(ctx: Any, problem: Problem, row_weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Losses, and the gradients [of queries, of documents] of their weighted sum."""
     use_fused, workspace_mb = ctx.options
     if _on_host(problem.queries, use_fused):
-        losses, gradients = host.forward_backward(problem, row_weights, workspace_mb, _sides(ctx))
-    else:
-        queries, documents, positives, temperature, query_group, document_group, *rest = problem
-        groups = groups_on_host(query_group, document_group)
-        losses, *gradients = core_of(use_fused).forward_backward(
-            queries, documents, positives, row_weights, temperature, *groups, *rest
-        )
-    return losses, list(_gradients(ctx, *_inputs(problem), gradients))
+        return host.forward_backward(problem, row_weights, workspace_mb, _sides(ctx))
+    queries, documents, positives, temperature, query_group, document_group, *rest = problem
+    groups = groups_on_host(query_group, document_group)
+    losses, *gradients = core_of(use_fused).forward_backward(
+        queries, documents, positives, row_weights, temperature, *groups, *rest
+    )
+    return losses, gradients
 
 
 def _gradients(
     ctx: Any, queries: Tensor, documents: Tensor, temperature: Tensor, gradients: list[Tensor]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What is asked of the gradients [of queries, of documents], each in its type, and that of the temperature.
+    """What is asked of the gradients [of queries, of documents], each in its type, and that of the temperature."""
+    for_temperature = ctx.needs_input_grad[2]
+    of_temperature = temperature_gradient(queries, gradients[0], temperature) if for_temperature else None
+    return *_of_sides(ctx, gradients, queries.dtype), of_temperature
+
+
+def _of_sides(ctx: Any, gradients: list[Tensor], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """What is asked of the gradients [of queries, of documents], in a type.
 
     Empties the list: whoever is given a gradient must find itself its only holder, or it makes a copy.
     """
-    for_queries, for_documents, for_temperature, *_ = ctx.needs_input_grad
-    of_temperature = temperature_gradient(queries, gradients[0], temperature) if for_temperature else None
+    for_queries, for_documents, *_ = ctx.needs_input_grad
     of_documents, of_queries = gradients.pop(), gradients.pop()
-    if of_queries.dtype != queries.dtype:
-        of_documents = of_documents.to(queries.dtype)
-        of_queries = of_queries.to(queries.dtype)
-    return of_queries if for_queries else None, of_documents if for_documents else None, of_temperature
+    if of_queries.dtype != dtype:
+        of_documents = of_documents.to(dtype)
+        of_queries = of_queries.to(dtype)
+    return of_queries if for_queries else None, of_documents if for_documents else None
 
 
 def temperature_gradient(queries: Tensor, of_queries: Tensor, temperature: Tensor) -> Tensor:

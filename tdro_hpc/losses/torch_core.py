@@ -53,14 +53,14 @@ def forward(
     margin                    columns with q . d > the positive's - margin do not count; None = off
     log_weights [columns]     added to the scores of negatives; None = 0
     returns   positive_scores [rows] in float32, or float64 for float64 embeddings; row_negatives [rows] and
-              column_negatives [columns] or [0] in float64; -inf where nothing counts
+              column_negatives [columns] or [0] in float64, where the device has it; -inf where nothing counts
     raises    IndexError for a positive that is no column, without positive_scores (on CUDA, the device's assertion)
     """
     with _exact_products(queries.device):
         found = _scores_of_positives(queries, documents, positives, positive_scores, temperature)
         limits = _limits(found, margin, temperature)
         masks = _Masks(positives, column_ids, positive_ids, known_ids, limits, log_weights)
-        row_negatives = torch.full_like(found, -math.inf, dtype=torch.float64)
+        row_negatives = torch.full_like(found, -math.inf, dtype=_type_of_totals(found.device))
         column_negatives = row_negatives.new_full((len(documents) if symmetric else 0,), -math.inf)
         for block in _blocks(queries, documents, query_group, document_group, block_rows):
             scaled = _wide(queries[block.rows]) / temperature
@@ -145,7 +145,7 @@ def forward_backward(
         masks = _Masks(positives, column_ids, positive_ids, known_ids, limits, log_weights)
         gradients = _Gradients(queries, documents)
         # logsumexp of a row's negatives - its positive
-        excess = torch.full_like(positive_scores, -math.inf, dtype=torch.float64)
+        excess = torch.full_like(positive_scores, -math.inf, dtype=_type_of_totals(queries.device))
         factors = row_weights / temperature
         for block in _blocks(queries, documents, query_group, document_group, panel_rows):
             scaled = _wide(queries[block.rows]) / temperature
@@ -264,8 +264,13 @@ def _add_product(target: Tensor, index: Index, left: Tensor, right: Tensor) -> N
 
 def _logsumexp(scores: Tensor, dim: int) -> Tensor:
     """In float64 what torch.logsumexp rounds to the type of the scores."""
+    wide = _type_of_totals(scores.device)
     highest = scores.amax(dim, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
-    return highest.squeeze(dim).double() + (scores - highest).exp_().sum(dim).log().double()
+    return highest.squeeze(dim).to(wide) + (scores - highest).exp_().sum(dim).to(wide).log()
+
+
+def _type_of_totals(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which such a device has not
 
 
 def _limits(positive_scores: Tensor, margin: float | None, temperature: Tensor) -> Tensor | None:

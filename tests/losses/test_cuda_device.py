@@ -130,8 +130,8 @@ def run_all(queries, documents, positives, temperature, *masks):
     """Results of all operators."""
     rows = torch.ones(len(queries), device="cuda")
     found = OPERATORS.infonce_forward(queries, documents, positives, None, temperature, *masks, True)
-    columns = found[2].clamp_min(100.0), torch.ones(len(documents), device="cuda")
-    vectors = torch.logaddexp(found[0], found[1]), rows, -rows, *columns
+    columns = found[2].clamp_min(100.0).float(), torch.ones(len(documents), device="cuda")
+    vectors = torch.logaddexp(found[0].double(), found[1]).float(), rows, -rows, *columns
     backward = OPERATORS.infonce_backward(queries, documents, positives, found[0], temperature, *masks, *vectors)
     both = OPERATORS.infonce_forward_backward(queries, documents, positives, rows, temperature, *masks)
     return *found, *backward, *both
