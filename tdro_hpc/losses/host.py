@@ -53,13 +53,13 @@ def forward_backward(
     operator = torch.ops.tdro_hpc.infonce_gradients.default
     room, sums = _room_of(problem, workspace_mb), _bytes_of_sums(problem, sides)
     if sums <= room:
-        row_losses, _, *gradients = operator(*problem, row_weights, room - sums // 2, *sides)
+        row_losses, _, *gradients = operator(*problem, row_weights, room - sums * 3 // 4, *sides)
         return row_losses, _in_type(gradients, problem.queries.dtype)
     row_losses, scores = torch.empty_like(row_weights), torch.empty_like(row_weights)
     of_queries = problem.queries.new_empty(problem.queries.shape if sides[0] else (0,))
     for part in _parts(problem.queries, room // 16):
         of_part = problem.of_rows(part)
-        found = operator(*of_part, row_weights[part], _left_beside(of_part.queries, room), sides[0], False)
+        found = operator(*of_part, row_weights[part], _left_beside(of_part.queries, room, 0), sides[0], False)
         row_losses[part], scores[part] = found[:2]
         if sides[0]:
             of_queries[part] = found[2]
@@ -75,7 +75,7 @@ def _documents_by_parts(
     problem: Problem, row_losses: Tensor, scores: Tensor, row_weights: Tensor, room: int, sides: Sides
 ) -> Tensor:
     of_documents = problem.documents.new_empty(problem.documents.shape if sides[1] else (0,))
-    for part in _parts(of_documents, room * 3 // 8):
+    for part in _parts(of_documents, room // 4):
         of_documents[part] = _of_part(problem.of_columns(part), row_losses, scores, row_weights, room, 1)
     return of_documents
 
@@ -84,13 +84,14 @@ def _of_part(problem: Problem, row_losses: Tensor, scores: Tensor, row_weights: 
     """The float32 gradient of one side of a part."""
     found = row_losses, scores, row_losses.new_empty(0)
     operator = torch.ops.tdro_hpc.infonce_losses_backward.default
-    left = _left_beside((problem.queries, problem.documents)[side], room)
+    left = _left_beside((problem.queries, problem.documents)[side], room, side)
     return operator(*problem, *found, row_weights, left, side == 0, side == 1)[side]
 
 
-def _left_beside(part: Tensor, room: int) -> int:
-    """What a call of the library may use beside the float32 gradient of a part."""
-    return max(room - room // 8 - 4 * part.numel(), room // 4)
+def _left_beside(part: Tensor, room: int, side: int) -> int:
+    """What a call of the library may use beside the float32 gradient of a part of a side; documents come second."""
+    spare = room // (8, 4)[side]  # after the parts of the queries the allocator keeps some of their memory
+    return max(room - spare - 4 * part.numel(), room // 4)
 
 
 def _parts(embeddings: Tensor, room: int) -> Iterator[slice]:

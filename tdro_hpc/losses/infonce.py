@@ -20,7 +20,7 @@ from tdro_hpc.config.schema import LOSS_IMPLEMENTATIONS
 from tdro_hpc.losses import fused, host, torch_core, torch_ops
 from tdro_hpc.losses.arguments import Problem, checked_arguments, checked_row_weights, refuse_positives_outside
 from tdro_hpc.losses.tiles import groups_on_host
-from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, add_rows, split_totals
+from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, add_rows, split_totals, temperature_gradient
 
 
 def grouped_infonce(
@@ -171,11 +171,12 @@ def _save(ctx: Any, problem: Problem, *more: Tensor | None) -> None:
     ctx.save_for_backward(*tensors, log_weights, *more)
 
 
-def _saved(ctx: Any) -> tuple[Problem, list[Tensor]]:
+def _saved(ctx: Any) -> tuple[Problem, tuple[Tensor, ...]]:
     """What was saved."""
-    saved = ctx.saved_tensors
-    after_margin = Problem._fields.index("log_weights")
-    return Problem(*saved[: after_margin - 1], ctx.margin, saved[after_margin - 1]), saved[after_margin:]
+    saved: tuple[Tensor, ...] = ctx.saved_tensors
+    count = len(Problem._fields) - 1
+    *tensors, log_weights = saved[:count]
+    return Problem._make((*tensors, ctx.margin, log_weights)), saved[count:]
 
 
 def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,7 +268,8 @@ class _KeptInfoNCE(torch.autograd.Function):
     @staticmethod
     @_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        problem, found = _saved(ctx)
+        problem, (losses, positive_scores, kept) = _saved(ctx)
+        found = losses, positive_scores, kept
         gradients = host.losses_backward(problem, found, upstream.contiguous(), ctx.workspace_mb, _sides(ctx))
         return *_gradients(ctx, *_inputs(problem), gradients), None, None, None
 
@@ -348,12 +350,6 @@ def _of_sides(ctx: Any, gradients: list[Tensor], dtype: torch.dtype) -> tuple[Te
         of_documents = of_documents.to(dtype)
         of_queries = of_queries.to(dtype)
     return of_queries if for_queries else None, of_documents if for_documents else None
-
-
-def temperature_gradient(queries: Tensor, of_queries: Tensor, temperature: Tensor) -> Tensor:
-    """From that of the queries: a score is q . d / temperature, so it is what a factor common to them would get."""
-    product = (queries * of_queries).sum(dtype=temperature.dtype)
-    return (-product / temperature).to(temperature.device)
 
 
 def _is_one(factor: Tensor) -> bool:

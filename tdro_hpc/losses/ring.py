@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from tdro_hpc.losses.arguments import checked_arguments, refuse_positives_outside
-from tdro_hpc.losses.infonce import core_of, fused_serves, temperature_gradient
-from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, split_totals
+from tdro_hpc.losses.infonce import core_of, fused_serves
+from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, split_totals, temperature_gradient
 from tdro_hpc.parallel.gather import pass_on
 from tdro_hpc.parallel.process import group_rank
 

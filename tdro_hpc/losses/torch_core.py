@@ -179,6 +179,12 @@ def split_totals(sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return totals, (totals - bounded).exp().to(dtype)
 
 
+def temperature_gradient(queries: Tensor, of_queries: Tensor, temperature: Tensor) -> Tensor:
+    """From that of the queries: a score is q . d / temperature, so it is what a factor common to them would get."""
+    product = (queries * of_queries).sum(dtype=temperature.dtype)
+    return (-product / temperature).to(temperature.device)
+
+
 def add_rows(target: Tensor, index: Tensor, values: Tensor) -> None:
     """target[index] += values with repeated indices, always summed in the same order."""
     if target.is_cuda:  # index_add_ sums there in whatever order the threads arrive
