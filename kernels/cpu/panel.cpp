@@ -8,7 +8,7 @@ namespace tdro {
 namespace {
 
 constexpr int64_t STEP_BLOCKS = 6;  // of 32 dimensions that scores sum at a time: the operands stay in the first cache
-constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 96;
+constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 128;
 constexpr int64_t MAX_STRIPS = 16, STRIP_COLUMNS = 540;
 constexpr int64_t HELD_BYTES = 4 << 20;
 

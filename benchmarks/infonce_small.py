@@ -1,0 +1,73 @@
+"""Times the mean loss and its gradients of small batches beside naive, all in one process and in turns.
+
+    python benchmarks/infonce_small.py [threads=2] [seconds=2]
+
+At these sizes a process may be a third slower than the next one of the same code, for where its memory happens to lie;
+benchmarks/infonce.py, which gives each implementation a process of its own, cannot tell that from a difference between
+them. Cells: best, and median, as a multiple of naive's (`matmul`, then `cross_entropy`).
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+OPTIONS = {"threads": "2", "seconds": "2"}
+SHAPES = [(rows, width) for rows in (16, 64, 256, 512, 1024) for width in (384, 1024)]
+TEMPERATURE = 0.05
+
+
+def main(words: list[str]) -> None:
+    """Print a row for each shape."""
+    options = OPTIONS | dict(word.split("=", 1) for word in words)
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        sys.exit(f"unknown option {', '.join(unknown)}; there are {', '.join(OPTIONS)}.")
+    os.environ["OMP_NUM_THREADS"] = options["threads"]  # before torch is imported
+    print("| B, n, d | naive, best | naive rows | rows | mean |\n|---|---|---|---|---|")
+    for rows, width in SHAPES:
+        times = _times(_steps(rows, width), float(options["seconds"]))
+        naive = times.pop("naive")
+        cells = [f"{min(each) / min(naive):.2f}, {_middle(each) / _middle(naive):.2f}" for each in times.values()]
+        print(f"| {rows}, 0, {width} | {1e3 * min(naive):.3g} ms | {' | '.join(cells)} |", flush=True)
+
+
+def _steps(rows: int, width: int) -> dict[str, Callable[[], object]]:
+    import torch
+    from torch.nn.functional import cross_entropy, normalize
+
+    from tdro_hpc.losses import grouped_infonce, weighted_infonce
+
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = (normalize(torch.randn(rows, width, generator=generator), dim=1) for _ in range(2))
+    sides, positives = (queries.requires_grad_(), documents.requires_grad_()), torch.arange(rows)
+    weights = torch.full((rows,), 1 / rows)
+    keys = {"temperature": TEMPERATURE, "implementation": "fused"}
+    losses: dict[str, Callable[[], torch.Tensor]] = {
+        "naive": lambda: cross_entropy(queries @ documents.T / TEMPERATURE, positives),
+        "naive rows": lambda: cross_entropy(queries @ documents.T / TEMPERATURE, positives, reduction="none").mean(),
+        "rows": lambda: grouped_infonce(*sides, positives, **keys).mean(),
+        "mean": lambda: weighted_infonce(*sides, positives, row_weights=weights, **keys)[0],
+    }
+    return {name: lambda loss=loss: torch.autograd.grad(loss(), sides) for name, loss in losses.items()}
+
+
+def _times(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or not times["naive"]:
+        for name, step in steps.items():
+            step()
+            for _ in range(3):
+                began = time.perf_counter()
+                step()
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def _middle(times: list[float]) -> float:
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
