@@ -20,9 +20,12 @@ TEMPERATURE = 0.05
 
 def main(words: list[str]) -> None:
     """Print a row for each shape."""
-    options = OPTIONS | dict(word.split("=", 1) for word in words)
+    options = OPTIONS | dict(word.partition("=")[::2] for word in words)
     if unknown := sorted(set(options) - set(OPTIONS)):
-        sys.exit(f"unknown option {', '.join(unknown)}; there are {', '.join(OPTIONS)}.")
+        print(
+            f"There is no option {', '.join(unknown)}; there are {', '.join(OPTIONS)}, as threads=1.", file=sys.stderr
+        )
+        sys.exit(2)
     os.environ["OMP_NUM_THREADS"] = options["threads"]  # before torch is imported
     print("| B, n, d | naive, best | naive rows | rows | mean |\n|---|---|---|---|---|")
     for rows, width in SHAPES:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.reference.infonce import slow_infonce
+from tests.reference.loss_cases import needs_library
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -143,3 +144,15 @@ def test_columns_of_a_table_are_as_wide_as_their_widest_cell():
 def test_a_mistake_names_what_to_type(word, said):
     with pytest.raises(SystemExit, match=re.escape(said)):
         parse_options([word])
+
+
+@pytest.mark.slow
+@needs_library
+def test_small_batches_in_one_process_have_a_row_of_ratios_each(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "infonce_small.py")]
+    done = subprocess.run([*command, "threads=1", "seconds=0"], cwd=tmp_path, capture_output=True, text=True)
+    rows = re.findall(r"\| (\d+), 0, \d+ \| \S+ ms((?: \| [\d.]+, [\d.]+){3}) \|", done.stdout)
+    assert done.returncode == 0 and [int(row[0]) for row in rows] == [16, 16, 64, 64, 256, 256, 512, 512, 1024, 1024]
+    assert all(0 < float(ratio) < 100 for _, cells in rows for ratio in re.findall(r"[\d.]+", cells))
+    wrong = subprocess.run([*command, "seconds=0", "thread=1"], cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "no option thread; there are threads, seconds" in wrong.stderr
