@@ -4,10 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/buffer.h"
 #include "cpu/infonce.h"
@@ -70,8 +72,8 @@ struct Masks {
   const MaybeTensor& log_weights;
 };
 
-tdro::Problem problem_of(const Tensor& queries, const Tensor& documents, const Tensor& positives,
-                         const Tensor& temperature, const Masks& masks) {
+tdro::Problem problem_of(const Tensor& queries, const Tensor& documents, const Tensor& positives, double temperature,
+                         int64_t workspace) {
   STD_TORCH_CHECK(queries.dim() == 2 && documents.dim() == 2 && queries.size(1) == documents.size(1),
                   "queries and documents must be [rows, width] and [columns, width]");
   tdro::Problem problem{};
@@ -80,14 +82,22 @@ tdro::Problem problem_of(const Tensor& queries, const Tensor& documents, const T
   problem.rows = queries.size(0), problem.columns = documents.size(0), problem.width = queries.size(1);
   problem.queries = items<void>(queries), problem.documents = items<void>(documents);
   problem.positives = items<int64_t>(positives);
-  problem.temperature = *items<float>(temperature);
+  problem.temperature = float(temperature);
+  problem.workspace = workspace - SLACK_BYTES;
+  return problem;
+}
+
+tdro::Problem problem_of(const Tensor& queries, const Tensor& documents, const Tensor& positives,
+                         const Tensor& temperature, const Masks& masks) {
+  tdro::Problem problem = problem_of(queries, documents, positives, *items<float>(temperature), WORKSPACE_BYTES);
+  const int64_t gradients = 4 * problem.width * (problem.rows + problem.columns);
+  problem.workspace = std::max(WORKSPACE_BYTES, gradients / 4) - SLACK_BYTES;
   problem.query_group = items<int64_t>(masks.query_group);
   problem.document_group = items<int64_t>(masks.document_group);
   problem.column_ids = items<int64_t>(masks.column_ids), problem.positive_ids = items<int64_t>(masks.positive_ids);
   problem.known_ids = items<int64_t>(masks.known_ids), problem.known = masks.known_ids ? masks.known_ids->size(1) : 0;
   problem.has_margin = masks.margin.has_value(), problem.margin = float(masks.margin.value_or(0.0));
   problem.log_weights = items<float>(masks.log_weights);
-  problem.workspace = std::max(WORKSPACE_BYTES, problem.width * (problem.rows + problem.columns)) - SLACK_BYTES;
   return problem;
 }
 
@@ -97,7 +107,7 @@ Tensor uninitialised(std::initializer_list<int64_t> sizes, int32_t type) {
   AtenTensorHandle handle = nullptr;
   const int32_t device = aoti_torch_device_type_cpu();
   STD_TORCH_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), size, strides, type, device, 0, &handle) == 0,
-                  "no memory for ", size[0], " rows of ", strides[0], " numbers");
+                  "no memory for a tensor of ", sizes.size() ? size[0] : 1, " rows of ", strides[0], " numbers");
   return Tensor(handle);
 }
 
@@ -114,13 +124,17 @@ Tensor gradient_of(const Tensor& side, bool asked) {
 
 float* items_if(bool asked, const Tensor& gradient) { return asked ? items<float>(gradient) : nullptr; }
 
-// The scaled scores of the positives, all of which must be among the columns.
-Tensor own_positive_scores(const tdro::Problem& problem, const tdro::Parallel& parallel) {
+void check_positives(const tdro::Problem& problem) {
   for (int64_t i = 0; i < problem.rows; ++i) {
     const int64_t column = problem.positives[i];
     STD_TORCH_CHECK(column >= 0 && column < problem.columns, "positives[", i, "] is ", column,
                     "; it must be the number of a column, 0 to ", problem.columns - 1);
   }
+}
+
+// The scaled scores of the positives, all of which must be among the columns.
+Tensor own_positive_scores(const tdro::Problem& problem, const tdro::Parallel& parallel) {
+  check_positives(problem);
   Tensor scores = floats({problem.rows});
   tdro::positive_scores(problem, parallel, items<float>(scores));
   return scores;
@@ -240,6 +254,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> infonce_gradients(Tensor queries, Ten
   return losses_and_gradients(problem, queries, documents, row_weights, of_queries, of_documents);
 }
 
+// The operators below are the three above without options, for calls so small that each argument is noticed.
+
+// The weighted sum of the losses, the losses, and the gradients of that sum.
+std::tuple<Tensor, Tensor, Tensor, Tensor> infonce_plain_weighted(Tensor queries, Tensor documents, Tensor positives,
+                                                                  Tensor row_weights, double temperature,
+                                                                  int64_t workspace, bool of_queries,
+                                                                  bool of_documents) {
+  const tdro::Problem problem = problem_of(queries, documents, positives, temperature, workspace);
+  auto [losses, scores, for_queries, for_documents] =
+      losses_and_gradients(problem, queries, documents, row_weights, of_queries, of_documents);
+  const Tensor total = floats({});
+  const float *weight = items<float>(row_weights), *loss = items<float>(losses);
+  double sum = 0;
+  for (int64_t i = 0; i < problem.rows; ++i) sum += double(weight[i]) * loss[i];
+  *items<float>(total) = float(sum);
+  return {total, losses, for_queries, for_documents};
+}
+
+// The losses, which the caller may change; beside each other [2, rows] these again and the scores of the positives; and
+// what is kept of the exponentials.
+std::tuple<Tensor, Tensor, Tensor> infonce_plain_losses(Tensor queries, Tensor documents, Tensor positives,
+                                                        double temperature, int64_t workspace) {
+  const tdro::Problem problem = problem_of(queries, documents, positives, temperature, workspace);
+  const tdro::Parallel parallel = torch_threads();
+  check_positives(problem);
+  const Tensor losses = floats({problem.rows}), sums = floats({2, problem.rows});
+  float *found = items<float>(sums), *scores = found + problem.rows;
+  tdro::positive_scores(problem, parallel, scores);
+  std::optional<Tensor> kept;
+  const auto room_for = [&](int64_t room) { return items<float>(kept.emplace(floats({room}))); };
+  tdro::losses(problem, parallel, scores, found, room_for);
+  std::copy(found, scores, items<float>(losses));
+  return {losses, sums, kept ? *kept : floats({0})};
+}
+
+std::tuple<Tensor, Tensor> infonce_plain_losses_backward(Tensor queries, Tensor documents, Tensor positives,
+                                                         Tensor sums, Tensor kept, Tensor row_weights,
+                                                         double temperature, int64_t workspace, bool of_queries,
+                                                         bool of_documents) {
+  const tdro::Problem problem = problem_of(queries, documents, positives, temperature, workspace);
+  STD_TORCH_CHECK(row_weights.scalar_type() == ScalarType::Float, "row_weights must be torch.float32");
+  const float *weight = static_cast<const float*>(row_weights.data_ptr()), *losses = items<float>(sums);
+  std::vector<float> weights(size_t(problem.rows));  // the gradient of a mean is one number for all rows
+  for (int64_t i = 0; i < problem.rows; ++i) weights[size_t(i)] = weight[i * row_weights.stride(0)];
+  Tensor for_queries = gradient_of(queries, of_queries), for_documents = gradient_of(documents, of_documents);
+  tdro::losses_backward(problem, torch_threads(), losses + problem.rows, losses, weights.data(), items<float>(kept),
+                        kept.size(0), items_if(of_queries, for_queries), items_if(of_documents, for_documents));
+  return {for_queries, for_documents};
+}
+
 std::string infonce_cpu_path() { return tdro::cpu_path(); }
 
 }  // namespace
@@ -264,6 +328,14 @@ STABLE_TORCH_LIBRARY(tdro_hpc, library) {
   library.def("infonce_gradients(Tensor queries, Tensor documents, Tensor positives, Tensor temperature, " MASKS
               ", Tensor row_weights, int workspace, bool of_queries, bool of_documents) "
               "-> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("infonce_plain_weighted(Tensor queries, Tensor documents, Tensor positives, Tensor row_weights, "
+              "float temperature, int workspace, bool of_queries, bool of_documents) "
+              "-> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("infonce_plain_losses(Tensor queries, Tensor documents, Tensor positives, float temperature, "
+              "int workspace) -> (Tensor, Tensor, Tensor)");
+  library.def("infonce_plain_losses_backward(Tensor queries, Tensor documents, Tensor positives, Tensor sums, "
+              "Tensor kept, Tensor row_weights, float temperature, int workspace, bool of_queries, bool of_documents) "
+              "-> (Tensor, Tensor)");
   library.def("infonce_cpu_path() -> str");
 }
 
@@ -274,6 +346,9 @@ STABLE_TORCH_LIBRARY_IMPL(tdro_hpc, CPU, library) {
   library.impl("infonce_losses", TORCH_BOX(&infonce_losses));
   library.impl("infonce_losses_backward", TORCH_BOX(&infonce_losses_backward));
   library.impl("infonce_gradients", TORCH_BOX(&infonce_gradients));
+  library.impl("infonce_plain_weighted", TORCH_BOX(&infonce_plain_weighted));
+  library.impl("infonce_plain_losses", TORCH_BOX(&infonce_plain_losses));
+  library.impl("infonce_plain_losses_backward", TORCH_BOX(&infonce_plain_losses_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tdro_hpc, CompositeExplicitAutograd, library) {

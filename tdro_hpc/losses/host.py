@@ -21,7 +21,7 @@ def losses(problem: Problem, workspace_mb: int, keep: bool) -> tuple[Tensor, Ten
 
     keep   whether that follows: as much is kept as the room allows, and those scores are not computed again
     """
-    room = _room_of(problem, workspace_mb)
+    room = room_of(problem.queries, problem.documents, workspace_mb)
     in_parts = _bytes_of_sums(problem, (True, True)) > room
     workspace = room if in_parts else _left(problem, room)
     return torch.ops.tdro_hpc.infonce_losses.default(*problem, keep and not in_parts, workspace)
@@ -34,7 +34,7 @@ def losses_backward(
 
     returns   each in the type of the embeddings, empty where it is not asked for
     """
-    room = _room_of(problem, workspace_mb)
+    room = room_of(problem.queries, problem.documents, workspace_mb)
     if _bytes_of_sums(problem, (True, True)) <= room:
         left = _left(problem, room)
         gradients = torch.ops.tdro_hpc.infonce_losses_backward.default(*problem, *found, row_weights, left, *sides)
@@ -51,7 +51,7 @@ def forward_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Losses [rows], and gradients like those of losses_backward after `losses`, with fewer products."""
     operator = torch.ops.tdro_hpc.infonce_gradients.default
-    room, sums = _room_of(problem, workspace_mb), _bytes_of_sums(problem, sides)
+    room, sums = room_of(problem.queries, problem.documents, workspace_mb), _bytes_of_sums(problem, sides)
     if sums <= room:
         row_losses, _, *gradients = operator(*problem, row_weights, room - sums * 3 // 4, *sides)
         return row_losses, _in_type(gradients, problem.queries.dtype)
@@ -66,9 +66,9 @@ def forward_backward(
     return row_losses, [of_queries, _documents_by_parts(problem, row_losses, scores, row_weights, room, sides)]
 
 
-def _room_of(problem: Problem, workspace_mb: int) -> int:
+def room_of(queries: Tensor, documents: Tensor, workspace_mb: int) -> int:
     """Bytes that a call may use beside its gradients: what is allowed, or a quarter of the gradients if more."""
-    return max(workspace_mb * MEGABYTE, (problem.queries.nbytes + problem.documents.nbytes) // 4)
+    return max(workspace_mb * MEGABYTE, (queries.nbytes + documents.nbytes) // 4)
 
 
 def _documents_by_parts(

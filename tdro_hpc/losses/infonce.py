@@ -6,21 +6,20 @@ positive wins by far, and is exactly 0 for a row without negatives.
 """
 
 import warnings
-from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from tdro_hpc.config.schema import LOSS_IMPLEMENTATIONS
-from tdro_hpc.losses import fused, host, torch_core, torch_ops
+from tdro_hpc.losses import fused, host, plain, torch_core, torch_ops
 from tdro_hpc.losses.arguments import Problem, checked_arguments, checked_row_weights, refuse_positives_outside
+from tdro_hpc.losses.autograd import multiplied, of_sides, once
 from tdro_hpc.losses.tiles import groups_on_host
-from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, add_rows, split_totals, temperature_gradient
+from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, add_rows, excess_of, split_totals, temperature_gradient
 
 
 def grouped_infonce(
@@ -60,21 +59,13 @@ def grouped_infonce(
     raises                       ValueError for wrong shapes, types, devices, indices, a temperature <= 0, or
                                  implementation="fused" without the library
     """
+    given = queries, documents, positives, temperature, query_group, document_group, document_ids, known_positive_ids
+    arguments = *given, false_negative_margin, keep_duplicates, column_weights, symmetric
     try:
-        problem = checked_arguments(
-            queries,
-            documents,
-            positives,
-            temperature,
-            query_group,
-            document_group,
-            document_ids,
-            known_positive_ids,
-            false_negative_margin,
-            keep_duplicates,
-            column_weights,
-            symmetric,
-        )
+        if plain.serves(*arguments) and fused_serves(implementation, torch.float32, "cpu"):
+            call = positives, temperature, host.room_of(queries, documents, workspace_mb)
+            return plain.PlainLosses.apply(queries, documents, call)
+        problem = checked_arguments(*arguments)
         use_fused = fused_serves(implementation, problem.queries.dtype, _kind_of_device(queries))
         return _row_losses(problem, symmetric, use_fused, workspace_mb)
     except (IndexError, RuntimeError):
@@ -107,21 +98,14 @@ def weighted_infonce(
     returns      [], differentiable once, and [rows], detached; types, errors and the other arguments are those of
                  grouped_infonce
     """
+    given = queries, documents, positives, temperature, query_group, document_group, document_ids, known_positive_ids
+    arguments = *given, false_negative_margin, keep_duplicates, column_weights, symmetric
     try:
-        problem = checked_arguments(
-            queries,
-            documents,
-            positives,
-            temperature,
-            query_group,
-            document_group,
-            document_ids,
-            known_positive_ids,
-            false_negative_margin,
-            keep_duplicates,
-            column_weights,
-            symmetric,
-        )
+        if plain.serves(*arguments) and plain.serves_weights(row_weights, queries):
+            if fused_serves(implementation, torch.float32, "cpu"):
+                call = positives, row_weights, temperature, host.room_of(queries, documents, workspace_mb)
+                return plain.PlainWeighted.apply(queries, documents, call)
+        problem = checked_arguments(*arguments)
         weights = checked_row_weights(row_weights, problem.queries)
         use_fused = fused_serves(implementation, problem.queries.dtype, _kind_of_device(queries))
         if _differentiated(problem) and not symmetric:
@@ -161,8 +145,8 @@ def _differentiated(problem: Problem) -> bool:
 
 def _sides(ctx: Any) -> host.Sides:
     """Whose gradients are asked for. That of the temperature is found from that of the queries."""
-    of_queries, of_documents, of_temperature, *_ = ctx.needs_input_grad
-    return of_queries or of_temperature, of_documents
+    wanted = ctx.needs_input_grad
+    return wanted[0] or wanted[2], wanted[1]
 
 
 def _save(ctx: Any, problem: Problem, *more: Tensor | None) -> None:
@@ -177,17 +161,6 @@ def _saved(ctx: Any) -> tuple[Problem, tuple[Tensor, ...]]:
     count = len(Problem._fields) - 1
     *tensors, log_weights = saved[:count]
     return Problem._make((*tensors, ctx.margin, log_weights)), saved[count:]
-
-
-def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """once_differentiable, which takes its time, where a graph of the backward itself is asked for."""
-    with_graph = once_differentiable(backward)
-
-    @wraps(backward)
-    def chosen(ctx: Any, *upstream: Tensor) -> Any:
-        return with_graph(ctx, *upstream) if torch.is_grad_enabled() else backward(ctx, *upstream)
-
-    return chosen
 
 
 class _GroupedInfoNCE(torch.autograd.Function):
@@ -209,18 +182,18 @@ class _GroupedInfoNCE(torch.autograd.Function):
         positive_scores, row_negatives, column_negatives = core_of(use_fused).forward(
             queries, documents, positives, None, temperature, *groups, *ids, margin, log_weights, symmetric
         )
-        excess = _excess(row_negatives, positive_scores)
+        excess = excess_of(row_negatives, positive_scores)
         sums = positive_scores, row_negatives, column_negatives, excess
         ctx.save_for_backward(queries, documents, temperature, positives, *sums, *groups, *ids, log_weights)
         ctx.options = margin, symmetric, use_fused
         losses = softplus(excess, threshold=SOFTPLUS_THRESHOLD)
         if not symmetric:
             return losses
-        excess = _excess(column_negatives.index_select(0, positives), positive_scores)
+        excess = excess_of(column_negatives.index_select(0, positives), positive_scores)
         return (losses + softplus(excess, threshold=SOFTPLUS_THRESHOLD)) / 2
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         queries, documents, temperature, positives, *saved, log_weights = ctx.saved_tensors
         positive_scores, row_negatives, column_negatives, excess, *masks = saved
@@ -233,7 +206,7 @@ class _GroupedInfoNCE(torch.autograd.Function):
         positive_factors = -row_shares
         if symmetric:
             # A column's rows count in the losses of all rows whose positive it is.
-            excess = _excess(column_negatives.index_select(0, positives), positive_scores)
+            excess = excess_of(column_negatives.index_select(0, positives), positive_scores)
             column_shares = torch.sigmoid(excess) * upstream
             positive_factors = positive_factors - column_shares
             column_factors = torch.zeros_like(column_negatives, dtype=excess.dtype)
@@ -266,7 +239,7 @@ class _KeptInfoNCE(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         problem, (losses, positive_scores, kept) = _saved(ctx)
         found = losses, positive_scores, kept
@@ -297,7 +270,7 @@ class _WeightedInfoNCE(torch.autograd.Function):
         return torch.dot(row_weights, losses), losses
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:  # nothing was asked of the total
             return (None,) * 5
@@ -305,16 +278,15 @@ class _WeightedInfoNCE(torch.autograd.Function):
         if gradients is None:  # the graph was kept, and the gradients of the first backward are the caller's
             problem, (row_weights, _) = _saved(ctx)
             _, gradients = _weighted(ctx, problem, row_weights)
-        if not _is_one(upstream):
-            gradients = [gradient.mul_(upstream) for gradient in gradients]
-        for_temperature, for_weights = ctx.needs_input_grad[2:4]
+        gradients = multiplied(gradients, upstream)
+        _, _, for_temperature, for_weights, _ = ctx.needs_input_grad
         of_temperature = of_weights = None
         if for_temperature or for_weights:
             problem, (_, losses) = _saved(ctx)
             if for_temperature:
                 of_temperature = temperature_gradient(problem.queries, gradients[0], problem.temperature)
             of_weights = upstream * losses if for_weights else None
-        return *_of_sides(ctx, gradients, ctx.dtype), of_temperature, of_weights, None
+        return *of_sides(ctx, gradients, ctx.dtype), of_temperature, of_weights, None
 
 
 def _weighted(ctx: Any, problem: Problem, row_weights: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -336,30 +308,7 @@ def _gradients(
     """What is asked of the gradients [of queries, of documents], each in its type, and that of the temperature."""
     for_temperature = ctx.needs_input_grad[2]
     of_temperature = temperature_gradient(queries, gradients[0], temperature) if for_temperature else None
-    return *_of_sides(ctx, gradients, queries.dtype), of_temperature
-
-
-def _of_sides(ctx: Any, gradients: list[Tensor], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """What is asked of the gradients [of queries, of documents], in a type.
-
-    Empties the list: whoever is given a gradient must find itself its only holder, or it makes a copy.
-    """
-    for_queries, for_documents, *_ = ctx.needs_input_grad
-    of_documents, of_queries = gradients.pop(), gradients.pop()
-    if of_queries.dtype != dtype:
-        of_documents = of_documents.to(dtype)
-        of_queries = of_queries.to(dtype)
-    return of_queries if for_queries else None, of_documents if for_documents else None
-
-
-def _is_one(factor: Tensor) -> bool:
-    """Whether that can be seen, on the host, and is so: the loss itself is what most callers differentiate."""
-    return factor.is_cpu and not torch.compiler.is_compiling() and float(factor) == 1
-
-
-def _excess(negatives: Tensor, positive_scores: Tensor) -> Tensor:
-    """By how much the logsumexp of the negatives exceeds the positive."""
-    return (negatives - positive_scores).to(positive_scores.dtype)
+    return *of_sides(ctx, gradients, queries.dtype), of_temperature
 
 
 def core_of(use_fused: bool) -> ModuleType:

@@ -14,7 +14,10 @@ import tdro_hpc
 PATH = Path(__file__).with_name("libtdro_kernels.so")
 OPERATORS = tuple(
     f"infonce_{name}"
-    for name in ("forward", "backward", "forward_backward", "losses", "losses_backward", "gradients", "cpu_path")
+    for name in (
+        *("forward", "backward", "forward_backward", "losses", "losses_backward", "gradients", "cpu_path"),
+        *("plain_losses", "plain_losses_backward", "plain_weighted"),
+    )
 )
 CUDA_OPERATOR = "tile_row_statistics"  # there when nvcc was
 _MACHINES = {3: "i386", 21: "ppc64le", 62: "x86_64", 183: "aarch64", 243: "riscv64"}  # e_machine of ELF

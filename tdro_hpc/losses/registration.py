@@ -22,6 +22,9 @@ def register() -> None:
         "infonce_losses": _losses_shapes,
         "infonce_losses_backward": _losses_backward_shapes,
         "infonce_gradients": _gradients_shapes,
+        "infonce_plain_weighted": _plain_weighted_shapes,
+        "infonce_plain_losses": _plain_losses_shapes,
+        "infonce_plain_losses_backward": _losses_backward_shapes,
     }
     for name, function in shapes.items():
         torch.library.register_fake(f"tdro_hpc::{name}", function)
@@ -41,6 +44,18 @@ def _losses_backward_shapes(queries: Tensor, documents: Tensor, *rest: Argument)
 def _gradients_shapes(queries: Tensor, documents: Tensor, *rest: Argument) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = queries.new_empty(len(queries), dtype=torch.float32)
     return rows, torch.empty_like(rows), *_losses_backward_shapes(queries, documents, *rest)
+
+
+def _plain_losses_shapes(queries: Tensor, documents: Tensor, *rest: Argument) -> tuple[Tensor, Tensor, Tensor]:
+    rows, _, kept = _losses_shapes(queries, documents)
+    return rows, rows.new_empty(2, len(rows)), kept
+
+
+def _plain_weighted_shapes(
+    queries: Tensor, documents: Tensor, *rest: Argument
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = queries.new_empty(len(queries), dtype=torch.float32)
+    return rows.new_empty(()), rows, *_losses_backward_shapes(queries, documents, *rest)
 
 
 def _gradient_shape(side: Tensor, asked: Argument) -> Tensor:

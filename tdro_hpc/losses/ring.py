@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 
 from tdro_hpc.losses.arguments import checked_arguments, refuse_positives_outside
 from tdro_hpc.losses.infonce import core_of, fused_serves
-from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, split_totals, temperature_gradient
+from tdro_hpc.losses.torch_core import SOFTPLUS_THRESHOLD, excess_of, split_totals, temperature_gradient
 from tdro_hpc.parallel.gather import pass_on
 from tdro_hpc.parallel.process import group_rank
 
@@ -104,7 +104,7 @@ class _RingInfoNCE(torch.autograd.Function):
         of_rows = queries, temperature, positives, query_group, positive_ids, known_ids
         ctx.save_for_backward(*of_rows, positive_scores, row_negatives, *of_columns)
         ctx.options = margin, sizes, use_fused
-        excess = (row_negatives - positive_scores).to(positive_scores.dtype)
+        excess = excess_of(row_negatives, positive_scores)
         return softplus(excess, threshold=SOFTPLUS_THRESHOLD)
 
     @staticmethod
@@ -114,7 +114,7 @@ class _RingInfoNCE(torch.autograd.Function):
         positive_scores, row_negatives, *of_columns = more
         margin, sizes, use_fused = ctx.options
         rows = _Rows(queries, temperature, positives, query_group, positive_ids, known_ids, margin, use_fused)
-        excess = (row_negatives - positive_scores).to(positive_scores.dtype)
+        excess = excess_of(row_negatives, positive_scores)
         shares = torch.sigmoid(excess) * upstream  # of a row's negatives in its softmax
         columns = _Circle(of_columns, sizes, group_rank(), _COLUMNS_TAG)
         of_queries = torch.zeros_like(queries, dtype=shares.dtype)

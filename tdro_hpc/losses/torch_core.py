@@ -185,6 +185,11 @@ def temperature_gradient(queries: Tensor, of_queries: Tensor, temperature: Tenso
     return (-product / temperature).to(temperature.device)
 
 
+def excess_of(negatives: Tensor, positive_scores: Tensor) -> Tensor:
+    """By how much the logsumexp of the negatives [rows] exceeds the positive, in the type of the latter."""
+    return (negatives - positive_scores).to(positive_scores.dtype)
+
+
 def add_rows(target: Tensor, index: Tensor, values: Tensor) -> None:
     """target[index] += values with repeated indices, always summed in the same order."""
     if target.is_cuda:  # index_add_ sums there in whatever order the threads arrive

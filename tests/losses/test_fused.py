@@ -223,7 +223,7 @@ def test_what_is_kept_of_the_scores_changes_no_gradient(dtype, width, num_groups
     """Of 600 x 7800 scores the first panels are kept; the other scores are computed once more."""
     queries, documents, positives = with_hard_negatives(1, 600, 7800, width=width)
     inputs = queries.to(dtype), documents.to(dtype), positives, torch.linspace(-1, 2, 600)
-    keys = {"temperature": 0.05, "implementation": "fused"}
+    keys = {"temperature": torch.tensor(0.05), "implementation": "fused"}  # a number alone may not go by `host`
     if num_groups is not None:
         keys |= {"query_group": torch.arange(600) % num_groups, "document_group": torch.arange(7800) % num_groups}
     plain, kept_floats = host.losses, []

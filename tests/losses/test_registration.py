@@ -41,6 +41,21 @@ def test_the_operators_of_the_host_keep_to_their_schema_and_their_shapes(library
         torch.library.opcheck(library.infonce_gradients.default, (*inputs, weights, 1 << 24, *sides))
 
 
+def test_the_operators_without_options_keep_to_their_schema_and_their_shapes(library):
+    queries, documents, positives, *_ = problem(masked=False)
+    inputs, weights, options = (queries, documents, positives), torch.linspace(-1, 2, 6), (0.1, 1 << 24)
+    _, *found = library.infonce_plain_losses(*inputs, *options)
+    assert found[1].numel() > 0
+    torch.library.opcheck(  # as above
+        library.infonce_plain_losses.default, (*inputs, *options), test_utils=("test_schema", "test_faketensor")
+    )
+    for sides in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(
+            library.infonce_plain_losses_backward.default, (*inputs, *found, weights, *options, *sides)
+        )
+        torch.library.opcheck(library.infonce_plain_weighted.default, (*inputs, weights, *options, *sides))
+
+
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
