@@ -4,7 +4,8 @@
 
 At these sizes a process may be a third slower than the next one of the same code, for where its memory happens to lie;
 benchmarks/infonce.py, which gives each implementation a process of its own, cannot tell that from a difference between
-them. Cells: best, and median, as a multiple of naive's (`matmul`, then `cross_entropy`).
+them. Cells: best, and median, as a multiple of naive's (`matmul`, then `cross_entropy`). `bare` is the library's
+operator in an autograd function that checks nothing, knows no option and gives the mean alone.
 """
 
 import os
@@ -14,8 +15,9 @@ import time
 from collections.abc import Callable
 
 OPTIONS = {"threads": "2", "seconds": "2"}
-SHAPES = [(rows, width) for rows in (16, 64, 256, 512, 1024) for width in (384, 1024)]
+SHAPES = [(rows, width) for rows in (16, 64, 128, 256, 512, 1024) for width in (384, 1024)]
 TEMPERATURE = 0.05
+WORKSPACE = 16 << 20  # bytes, weighted_infonce's default
 
 
 def main(words: list[str]) -> None:
@@ -27,7 +29,7 @@ def main(words: list[str]) -> None:
         )
         sys.exit(2)
     os.environ["OMP_NUM_THREADS"] = options["threads"]  # before torch is imported
-    print("| B, n, d | naive, best | naive rows | rows | mean |\n|---|---|---|---|---|")
+    print("| B, n, d | naive, best | naive rows | rows | mean | bare |\n|---|---|---|---|---|---|")
     for rows, width in SHAPES:
         times = _times(_steps(rows, width), float(options["seconds"]))
         naive = times.pop("naive")
@@ -51,8 +53,32 @@ def _steps(rows: int, width: int) -> dict[str, Callable[[], object]]:
         "naive rows": lambda: cross_entropy(queries @ documents.T / TEMPERATURE, positives, reduction="none").mean(),
         "rows": lambda: grouped_infonce(*sides, positives, **keys).mean(),
         "mean": lambda: weighted_infonce(*sides, positives, row_weights=weights, **keys)[0],
+        "bare": lambda: bare.apply(*sides, positives, weights),
     }
+    losses["mean"]()  # loads the library
+    bare = _bare()
     return {name: lambda loss=loss: torch.autograd.grad(loss(), sides) for name, loss in losses.items()}
+
+
+def _bare() -> type:
+    import torch
+
+    operator = torch.ops.tdro_hpc.infonce_plain_weighted.default
+
+    class Bare(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, queries, documents, positives, weights):
+            total, _, *ctx.gradients = operator(
+                queries, documents, positives, weights, TEMPERATURE, WORKSPACE, True, True
+            )
+            return total
+
+        @staticmethod
+        def backward(ctx, upstream):
+            gradients, ctx.gradients = ctx.gradients, None
+            return *gradients, None, None
+
+    return Bare
 
 
 def _times(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
