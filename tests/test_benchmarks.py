@@ -152,7 +152,9 @@ def test_small_batches_in_one_process_have_a_row_of_ratios_each(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "infonce_small.py")]
     done = subprocess.run([*command, "threads=1", "seconds=0"], cwd=tmp_path, capture_output=True, text=True)
     rows = re.findall(r"\| (\d+), 0, \d+ \| \S+ ms((?: \| [\d.]+, [\d.]+){4}) \|", done.stdout)
-    assert done.returncode == 0 and [int(row[0]) for row in rows] == [n for n in (16, 64, 128, 256, 512, 1024) for _ in "12"]
+    assert done.returncode == 0 and [int(row[0]) for row in rows] == [
+        n for n in (16, 64, 128, 256, 512, 1024) for _ in "12"
+    ]
     assert all(0 < float(ratio) < 100 for _, cells in rows for ratio in re.findall(r"[\d.]+", cells))
     wrong = subprocess.run([*command, "seconds=0", "thread=1"], cwd=tmp_path, capture_output=True, text=True)
     assert wrong.returncode == 2 and "no option thread; there are threads, seconds" in wrong.stderr

@@ -12,6 +12,10 @@ constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 128;
 constexpr int64_t MAX_STRIPS = 16, STRIP_COLUMNS = 540;
 constexpr int64_t HELD_BYTES = 4 << 20;
 
+// How many strips form their sums of the queries' gradients in the gradient itself: the first, where its rows lie beside
+// each other and all blocks of dimensions are whole.
+int64_t straight_strips(const Group& group, int64_t width) { return !group.rows.index && width % LANES == 0 ? 1 : 0; }
+
 }  // namespace
 
 GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel, const Kept& kept)
@@ -25,6 +29,7 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
       kept_outside_(kept),
       dims_(blocks_of(problem_.width)),
       tiles_((group_.columns.count + sizes.tile_columns - 1) / sizes.tile_columns),
+      straight_(straight_strips(group_, problem_.width)),
       of_queries_(call.query_gradient != nullptr),
       of_documents_(call.document_gradient != nullptr) {
   const int64_t lanes = sizes.panel_rows, packed = lanes * dims_ * (kernels_.pairs ? LANES / 2 : LANES);
@@ -38,7 +43,7 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
   strip_highest_.reset(sizes.strips * lanes);
   strip_sums_.reset(sizes.strips * lanes);
   if (sizes.keep) kept_inside_.reset(kept_floats_of(group_, sizes));
-  if (of_queries_) query_parts_.reset(sizes.strips * lanes * dims_ * LANES);
+  if (of_queries_) query_parts_.reset((sizes.strips - straight_) * lanes * dims_ * LANES);
   if (call.column_negatives) {
     column_highest_.reset(group_.columns.count);
     column_sums_.reset(group_.columns.count);
@@ -247,7 +252,8 @@ Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const int64_t tile = ((even + tiles - 1) / tiles + 3) / 4 * 4;           // products take 12, 8 or 4 at a time
   Sizes sizes{std::min(rows, MAX_PANEL_ROWS), tile, std::min(strips, (columns + tile - 1) / tile),
               call.row_weights != nullptr, 4 * columns * width <= HELD_BYTES};
-  const int64_t parts = call.query_gradient || call.kept ? strips : 0;
+  const int64_t straight = straight_strips(group, call.problem.width);
+  const int64_t parts = call.query_gradient || call.kept ? strips - straight : 0;
   const int64_t bytes_a_row = 4 * ((sizes.keep ? columns : 0) + tile + (parts + 2) * width);
   const int64_t fitting = workspace / bytes_a_row / LANES * LANES;
   sizes.panel_rows = std::min(sizes.panel_rows, std::max<int64_t>(fitting, LANES));

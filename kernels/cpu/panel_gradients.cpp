@@ -66,13 +66,19 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
     column_steps /= 2, row_steps = (rows_ + 1) / 2, block_lanes = LANES / 2;
   }
   const uint32_t *shares = static_cast<const uint32_t*>(by_row), *packed = static_cast<const uint32_t*>(documents);
-  float* parts = &query_parts_[strip * lanes_ * dims_ * LANES];
   for (int64_t dim = 0; dim < dims_; ++dim) {
     const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
     for (int64_t block = 0; of_queries_ && block < row_blocks_; ++block)
-      kernels_.product_lanes({std::min<int64_t>(LANES, rows_ - block * LANES), column_steps,
-                              shares + block * column_steps * LANES, 0, packed + dim * column_steps * LANES,
-                              parts + (dim * lanes_ + block * LANES) * LANES, LANES, !first});
+    {
+      Product product{std::min<int64_t>(LANES, rows_ - block * LANES), column_steps,
+                      shares + block * column_steps * LANES, 0, packed + dim * column_steps * LANES,
+                      query_part(strip, dim, block * LANES), LANES, !first};
+      if (!product.c) {
+        const int64_t row = group_.rows.first + first_ + block * LANES;
+        product.c = call_.query_gradient + row * problem_.width + dim * LANES, product.c_row = problem_.width;
+      }
+      kernels_.product_lanes(product);
+    }
     if (!of_documents_) continue;
     Product product{tile.count, row_steps, by_lane, tile.padded * block_lanes,
                     &by_dimension_[dim * row_steps * LANES], scratch.gradient.data(), LANES, false};
@@ -101,9 +107,8 @@ void GroupRun::end_panel() {
       float* target = call_.query_gradient + row * problem_.width;
       for (int64_t dim = 0; dim < dims_; ++dim) {
         const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
-        for (int64_t strip = 0; strip < sizes_.strips; ++strip)
-          kernels_.add_lanes(target + dim * LANES, &query_parts_[((strip * dims_ + dim) * lanes_ + i) * LANES], width,
-                             strip > 0);
+        for (int64_t strip = straight_; strip < sizes_.strips; ++strip)
+          kernels_.add_lanes(target + dim * LANES, query_part(strip, dim, i), width, strip > 0);
       }
       if (!kernels_.pairs && !call_.all_columns) continue;
       float lost = call_.all_columns ? -positive_factors_[i] : 0.0f;

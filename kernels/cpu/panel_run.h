@@ -69,6 +69,11 @@ class GroupRun {
   void shares_of(const Tile& tile, int64_t number, int64_t strip, Scratch& scratch);
   void add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch);
   int64_t strip_start(int64_t strip) const { return strip * tiles_ / sizes_.strips; }
+  // Of a strip's sums of the queries' gradients; null for the first, whose sums are formed in the gradient itself.
+  float* query_part(int64_t strip, int64_t dim, int64_t lane) {
+    return strip < straight_ ? nullptr
+                             : &query_parts_[(((strip - straight_) * dims_ + dim) * lanes_ + lane) * LANES];
+  }
 
   const Call& call_;
   const Problem& problem_;
@@ -79,6 +84,7 @@ class GroupRun {
   const Parallel& parallel_;
   const Kept kept_outside_;
   const int64_t dims_, tiles_;  // blocks of dimensions; tiles of columns
+  const int64_t straight_;      // strips whose sums of the queries' gradients need no room of their own
   const bool of_queries_, of_documents_;  // whose gradients are asked for
   int64_t first_ = 0, rows_ = 0, row_blocks_ = 0, lanes_ = 0;  // of the panel; lanes = row blocks * 32
 
@@ -90,7 +96,7 @@ class GroupRun {
   Buffer<float> strip_highest_, strip_sums_;  // [strip][lanes]
   Buffer<float> kept_inside_;  // of a panel, where the gradients follow at once
   float *kept_ = nullptr, *kept_highest_ = nullptr;  // [tile][row block][column][32], [tile][lanes]; null = not kept
-  Buffer<float> query_parts_;                 // [strip][dimension block][lanes][32]
+  Buffer<float> query_parts_;                 // [strip, without straight_][dimension block][lanes][32]
   Buffer<float> column_highest_, column_sums_;  // [columns of the group]
   std::vector<Scratch> scratch_;
   std::vector<PackedTile> packed_;  // one a tile where they are held, else one a thread

@@ -93,7 +93,8 @@ def weighted_infonce(
 ) -> tuple[Tensor, Tensor]:
     """sum(row_weights * losses), and the losses of grouped_infonce: less work where the weights are known beforehand.
 
-    The gradient is formed together with the loss, by three matrix products instead of four (not if symmetric).
+    The gradient is formed with the loss, by three matrix products instead of four (not if symmetric, nor by the
+    library on the CPU in float16).
     row_weights  [rows] float, of any sign; may require its gradient
     returns      [], differentiable once, and [rows], detached; types, errors and the other arguments are those of
                  grouped_infonce
@@ -108,7 +109,9 @@ def weighted_infonce(
         problem = checked_arguments(*arguments)
         weights = checked_row_weights(row_weights, problem.queries)
         use_fused = fused_serves(implementation, problem.queries.dtype, _kind_of_device(queries))
-        if _differentiated(problem) and not symmetric:
+        # What small weights leave of a gradient is lost in float16: it waits for the factor that scales the loss.
+        waits = symmetric or (problem.queries.dtype == torch.float16 and _on_host(problem.queries, use_fused))
+        if _differentiated(problem) and not waits:
             return _WeightedInfoNCE.apply(*_inputs(problem), weights, (problem, use_fused, workspace_mb))
         losses = _row_losses(problem, symmetric, use_fused, workspace_mb)
         return (weights * losses).sum(), losses.detach()

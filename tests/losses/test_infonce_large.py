@@ -185,7 +185,8 @@ def little_room(monkeypatch):
 @pytest.mark.parametrize("names", ["none", "groups", "masks", "all"])
 def test_gradients_in_parts_equal_float64(names, dtype, parts, little_room):
     (queries, documents, *rest), options, wanted = problem_and_wanted(ROWS, COLUMNS, names)
-    for weighted, num_parts in ((False, [3, 6]), (True, [0, 6])):  # weighted: those of queries come with the losses
+    with_losses = [0, 6] if dtype == torch.bfloat16 else [3, 6]  # weighted: those of queries come with the losses
+    for weighted, num_parts in ((False, [3, 6]), (True, with_losses)):
         parts.clear()
         keys = options | {"weighted": weighted, "implementation": "fused"}
         check(results_of(queries.to(dtype), documents.to(dtype), *rest, **keys), wanted, dtype)
@@ -265,11 +266,12 @@ def test_steps_in_float16_stay_finite_at_the_lowest_temperature(weighted, length
     assert mean_losses == sorted(mean_losses, reverse=True)
 
 
-def test_small_gradients_in_float16_survive_where_the_loss_is_scaled():
+@implementations
+def test_small_gradients_in_float16_survive_where_the_loss_is_scaled(implementation):
     """Of 1e-6 of a loss they are nothing in float16: they are rounded after the scale is known."""
     queries, documents = (side.half() for side in embeddings(1, 8, 32, width=64, spread=0.05))
     positives, weights = 4 * torch.arange(8), torch.full((8,), 1e-6)
-    options = {"temperature": 1.0, "implementation": "torch"}
+    options = {"temperature": 1.0, "implementation": implementation}
     found = []
     for row_weights, scale in ((weights, 65536.0), (65536 * weights, 1.0)):
         sides = queries.clone().requires_grad_(), documents.clone().requires_grad_()
