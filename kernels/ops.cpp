@@ -81,6 +81,7 @@ tdro::Problem problem_of(const Tensor& queries, const Tensor& documents, const T
   STD_TORCH_CHECK(documents.scalar_type() == queries.scalar_type(), "queries and documents must be of one type");
   problem.rows = queries.size(0), problem.columns = documents.size(0), problem.width = queries.size(1);
   problem.queries = items<void>(queries), problem.documents = items<void>(documents);
+  STD_TORCH_CHECK(positives.dim() == 1 && positives.size(0) == problem.rows, "positives must be [rows]");
   problem.positives = items<int64_t>(positives);
   problem.temperature = float(temperature);
   problem.workspace = workspace - SLACK_BYTES;
@@ -123,6 +124,10 @@ Tensor gradient_of(const Tensor& side, bool asked) {
 }
 
 float* items_if(bool asked, const Tensor& gradient) { return asked ? items<float>(gradient) : nullptr; }
+
+void check_weights(const tdro::Problem& problem, const Tensor& row_weights) {
+  STD_TORCH_CHECK(row_weights.dim() == 1 && row_weights.size(0) == problem.rows, "row_weights must be [rows]");
+}
 
 void check_positives(const tdro::Problem& problem) {
   for (int64_t i = 0; i < problem.rows; ++i) {
@@ -207,8 +212,9 @@ std::tuple<Tensor, Tensor> infonce_losses_backward(Tensor queries, Tensor docume
                  {query_group, document_group, column_ids, positive_ids, known_ids, margin, log_weights});
   problem.workspace = workspace - SLACK_BYTES;
   Tensor for_queries = gradient_of(queries, of_queries), for_documents = gradient_of(documents, of_documents);
+  check_weights(problem, row_weights);
   tdro::losses_backward(problem, torch_threads(), items<float>(positive_scores), items<float>(losses),
-                        items<float>(row_weights), items<float>(kept), kept.size(0),
+                        items<float>(row_weights), items<float>(kept), kept.numel(),
                         items_if(of_queries, for_queries), items_if(of_documents, for_documents));
   return {for_queries, for_documents};
 }
@@ -217,6 +223,7 @@ std::tuple<Tensor, Tensor> infonce_losses_backward(Tensor queries, Tensor docume
 std::tuple<Tensor, Tensor, Tensor, Tensor> losses_and_gradients(const tdro::Problem& problem, const Tensor& queries,
                                                                 const Tensor& documents, const Tensor& row_weights,
                                                                 bool of_queries, bool of_documents) {
+  check_weights(problem, row_weights);
   const tdro::Parallel parallel = torch_threads();
   Tensor scores = own_positive_scores(problem, parallel);
   Tensor losses = floats({problem.rows});
@@ -294,13 +301,15 @@ std::tuple<Tensor, Tensor> infonce_plain_losses_backward(Tensor queries, Tensor 
                                                          double temperature, int64_t workspace, bool of_queries,
                                                          bool of_documents) {
   const tdro::Problem problem = problem_of(queries, documents, positives, temperature, workspace);
+  check_weights(problem, row_weights);
   STD_TORCH_CHECK(row_weights.scalar_type() == ScalarType::Float, "row_weights must be torch.float32");
+  STD_TORCH_CHECK(sums.numel() == 2 * problem.rows, "sums must be [2, rows]");
   const float *weight = static_cast<const float*>(row_weights.data_ptr()), *losses = items<float>(sums);
   std::vector<float> weights(size_t(problem.rows));  // the gradient of a mean is one number for all rows
   for (int64_t i = 0; i < problem.rows; ++i) weights[size_t(i)] = weight[i * row_weights.stride(0)];
   Tensor for_queries = gradient_of(queries, of_queries), for_documents = gradient_of(documents, of_documents);
   tdro::losses_backward(problem, torch_threads(), losses + problem.rows, losses, weights.data(), items<float>(kept),
-                        kept.size(0), items_if(of_queries, for_queries), items_if(of_documents, for_documents));
+                        kept.numel(), items_if(of_queries, for_queries), items_if(of_documents, for_documents));
   return {for_queries, for_documents};
 }
 

@@ -132,6 +132,8 @@ def _checked_embeddings(queries: Tensor, documents: Tensor) -> tuple[Tensor, Ten
             f"queries are {list(queries.shape)} and documents {list(documents.shape)}; they must be [rows, width] and "
             "[columns, width] with one width."
         )
+    if queries.shape[1] == 0:
+        raise ValueError("queries and documents have width 0; they must have at least one dimension.")
     if not _on_one_device(queries, documents):
         raise ValueError(f"queries are on {queries.device} and documents on {documents.device}; move one of them.")
     if queries.dtype != documents.dtype:

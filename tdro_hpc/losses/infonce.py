@@ -104,8 +104,8 @@ def weighted_infonce(
     try:
         if plain.serves(*arguments) and plain.serves_weights(row_weights, queries):
             if fused_serves(implementation, torch.float32, "cpu"):
-                call = positives, row_weights, temperature, host.room_of(queries, documents, workspace_mb)
-                return plain.PlainWeighted.apply(queries, documents, call)
+                call = positives, temperature, host.room_of(queries, documents, workspace_mb)
+                return plain.PlainWeighted.apply(queries, documents, row_weights, call)
         problem = checked_arguments(*arguments)
         weights = checked_row_weights(row_weights, problem.queries)
         use_fused = fused_serves(implementation, problem.queries.dtype, _kind_of_device(queries))
@@ -114,7 +114,8 @@ def weighted_infonce(
         if _differentiated(problem) and not waits:
             return _WeightedInfoNCE.apply(*_inputs(problem), weights, (problem, use_fused, workspace_mb))
         losses = _row_losses(problem, symmetric, use_fused, workspace_mb)
-        return (weights * losses).sum(), losses.detach()
+        # Of its own memory, because the caller may change the losses and the weights before the backward.
+        return (weights.clone() * losses).sum(), losses.detach().clone()
     except (IndexError, RuntimeError):
         refuse_positives_outside(positives, len(documents))
         raise

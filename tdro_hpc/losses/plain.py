@@ -1,7 +1,8 @@
 """The losses of float32 embeddings on the host without options, in as few steps as autograd in Python takes.
 
 Below some hundred queries a call is Python for the most part, and a quarter of it would go into options that are not
-used. What these functions give is what those of infonce.py give, by the same code of the library.
+used. Losses and gradients are in every bit what infonce.py gives, by the same code of the library; the weighted sum is
+rounded once.
 """
 
 import math
@@ -38,7 +39,7 @@ def serves(
         0 < temperature < math.inf
         and queries.dtype is documents.dtype is torch.float32
         and len(shape) == len(columns) == 2
-        and shape[1] == columns[1]
+        and shape[1] == columns[1] > 0
         and queries.is_cpu
         and documents.is_cpu
         and queries.is_contiguous()
@@ -51,10 +52,12 @@ def serves(
 
 def serves_weights(row_weights: Tensor, queries: Tensor) -> bool:
     """Whether PlainWeighted takes these weights."""
-    return not row_weights.requires_grad and _is_list(row_weights, torch.float32, queries.shape[0])
+    return _is_list(row_weights, torch.float32, queries.shape[0]) and not row_weights.requires_grad
 
 
-def _is_list(values: Tensor, dtype: torch.dtype, count: int) -> bool:
+def _is_list(values: Any, dtype: torch.dtype, count: int) -> bool:
+    if not isinstance(values, Tensor):
+        return False
     return values.dtype is dtype and values.shape == (count,) and values.is_cpu and values.is_contiguous()
 
 
@@ -83,9 +86,9 @@ class PlainWeighted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, documents: Tensor, call: tuple[Tensor, Tensor, float, int]
+        ctx: Any, queries: Tensor, documents: Tensor, row_weights: Tensor, call: tuple[Tensor, float, int]
     ) -> tuple[Tensor, Tensor]:
-        positives, row_weights, *ctx.options = call
+        positives, *ctx.options = call
         total, losses, ctx.gradients = _weighted(ctx, queries, documents, positives, row_weights)
         ctx.save_for_backward(queries, documents, positives, row_weights)  # not the gradients: see of_sides
         ctx.mark_non_differentiable(losses)
@@ -96,15 +99,15 @@ class PlainWeighted(torch.autograd.Function):
     @once
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:  # nothing was asked of the total
-            return None, None, None
+            return None, None, None, None
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # the graph was kept, and the gradients of the first backward are the caller's
             _, _, gradients = _weighted(ctx, *ctx.saved_tensors)
-        return *of_sides(ctx, multiplied(gradients, upstream), torch.float32), None
+        return *of_sides(ctx, multiplied(gradients, upstream), torch.float32), None, None
 
 
 def _weighted(ctx: Any, *tensors: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    of_queries, of_documents, _ = ctx.needs_input_grad
+    of_queries, of_documents, _, _ = ctx.needs_input_grad
     operator = torch.ops.tdro_hpc.infonce_plain_weighted.default
     total, losses, *gradients = operator(*tensors, *ctx.options, of_queries, of_documents)
     return total, losses, gradients

@@ -317,8 +317,9 @@ def test_gradient_buffers_are_handed_over_and_not_copied(implementation, weighte
     assert sorted(addresses) == sorted([queries.grad.data_ptr(), documents.grad.data_ptr()])
 
 
-def test_losses_may_be_changed_in_place_before_the_backward(implementation):
-    queries, documents = (vectors.float().requires_grad_() for vectors in embeddings(13, 4, 8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_losses_and_weights_may_be_changed_in_place_before_the_backward(dtype, implementation):
+    queries, documents = (vectors.to(dtype).requires_grad_() for vectors in embeddings(13, 4, 8))
     inputs, options = (queries, documents, torch.arange(4)), {"temperature": 0.1, "implementation": implementation}
     plain = values_and_gradients(grouped_infonce, *inputs, torch.full((4,), 3.0), **options)
     grouped_infonce(*inputs, **options).mul_(3).sum().backward()
@@ -330,3 +331,8 @@ def test_losses_may_be_changed_in_place_before_the_backward(implementation):
     total.backward()
     torch.testing.assert_close(queries.grad, plain[1])
     torch.testing.assert_close(weights.grad, plain[0])
+    queries.grad, weights = None, torch.full((4,), 3.0)
+    total, losses = weighted_infonce(*inputs, row_weights=weights, **options)
+    losses.zero_(), weights.zero_()
+    total.backward()
+    torch.testing.assert_close(queries.grad, plain[1])

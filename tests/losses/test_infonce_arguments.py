@@ -153,6 +153,10 @@ def test_a_positive_that_is_no_column_is_named(implementation, positives, ids, w
         ({"temperature": torch.tensor(1)}, r"temperature is torch.int64 \[\]"),
         ({"temperature": torch.tensor(0.1, device="meta")}, "temperature is on meta and the embeddings on cpu"),
         ({"documents": torch.ones(4, 2)}, r"queries are \[2, 3\] and documents \[4, 2\]"),
+        (
+            {"queries": torch.ones(2, 0), "documents": torch.ones(4, 0)},
+            "width 0; they must have at least one dimension",
+        ),
         ({"documents": torch.ones(4, 3).double()}, "one float type"),
         ({"queries": torch.ones(2, 3).long(), "documents": torch.ones(4, 3).long()}, "one float type"),
         ({"documents": torch.ones(4, 3, device="meta")}, "documents on meta"),

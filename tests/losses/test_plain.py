@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from tdro_hpc.losses import grouped_infonce, weighted_infonce
 from tests.reference.loss_cases import embeddings, needs_library
@@ -40,7 +41,7 @@ def sides(rows=ROWS, columns=COLUMNS, width=6):
 
 @both
 @pytest.mark.parametrize("frozen", [None, 0, 1])
-@pytest.mark.parametrize("columns", [COLUMNS, 3000])  # a few; more than one panel of scores
+@pytest.mark.parametrize("columns", [COLUMNS, 3000])  # of one strip, and of several
 def test_the_bits_are_those_of_a_call_with_options(function, frozen, columns):
     given = sides(columns=columns, width=64)
     if frozen is not None:
@@ -120,6 +121,14 @@ def test_each_input_may_step_over_memory(number):
     assert is_plain(found[0][0]) and not is_plain(found[1][0])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_tangent_of_the_weights_is_refused_and_not_passed_over():
+    queries, documents = sides()
+    with forward_ad.dual_level():
+        weights = forward_ad.make_dual(torch.ones(ROWS), torch.ones(ROWS))
+        with pytest.raises(RuntimeError, match="jvp"):
+            call(weighted_infonce, queries, documents, row_weights=weights)
 
 
 def test_an_upstream_gradient_that_steps_over_memory_is_read_right():

@@ -127,6 +127,19 @@ def test_an_input_of_another_type_is_refused(library):
         library.infonce_forward(queries, documents, positives.int(), None, temperature, *masks, False)
 
 
+def test_an_input_of_another_length_is_refused(library):
+    queries, documents, positives, temperature, masks = problem(masked=False)
+    inputs, weights, options = (queries, documents, positives), torch.ones(6), (0.1, 1 << 24)
+    _, sums, kept = library.infonce_plain_losses(*inputs, *options)
+    with pytest.raises(RuntimeError, match=r"positives must be \[rows\]"):
+        library.infonce_forward(queries, documents, positives[:2], None, temperature, *masks, False)
+    with pytest.raises(RuntimeError, match=r"row_weights must be \[rows\]"):
+        library.infonce_plain_weighted(*inputs, weights[:2], *options, True, True)
+    for given in ((sums, kept, weights[:2]), (sums[:, :3].contiguous(), kept, weights)):
+        with pytest.raises(RuntimeError, match=r"must be \[(2, )?rows\]"):
+            library.infonce_plain_losses_backward(*inputs, *given, *options, True, True)
+
+
 @pytest.mark.parametrize("workspace", [1 << 21, 1 << 26])
 def test_groups_whose_exponentials_fit_are_scored_once(library, workspace):
     """The exponentials of 32 rows with all 24,000 columns need 3 MB, with those of their group 0.25 MB."""
