@@ -10,7 +10,7 @@ the call.
 import importlib.util
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,13 @@ class Problem:
     documents: Tensor  # [columns, width], unit length
     positives: Tensor  # [rows]
     row_weights: Tensor  # [rows]
-    query_group: Tensor  # [rows]
-    document_group: Tensor  # [columns]
-    document_ids: Tensor  # [columns]
+    query_group: Tensor | None  # [rows]
+    document_group: Tensor | None  # [columns]
+    document_ids: Tensor | None  # [columns]
+
+    def without_options(self) -> "Problem":
+        """The same without groups and ids: calls of the loss that have none go another way."""
+        return replace(self, query_group=None, document_group=None, document_ids=None)
 
 
 def main(words: list[str]) -> int:
@@ -115,8 +119,10 @@ def check_loss(device: str) -> bool:
 
 def errors_of_loss(problem: Problem) -> tuple[float, float]:
     """Largest error of the losses and of the gradients, by each way there is, relative to the largest of them."""
-    wanted, errors = dense_loss(problem), []
-    ways = [(way(problem, megabytes), wanted) for megabytes in WORKSPACES_MB for way in (by_rows, by_sum)]
+    ways, errors = [], []
+    for each in (problem, problem.without_options()):
+        wanted = dense_loss(each)
+        ways += [(way(each, megabytes), wanted) for megabytes in WORKSPACES_MB for way in (by_rows, by_sum)]
     for found, exact in (*ways, (by_both_sides(problem), dense_loss(problem, symmetric=True))):
         errors.append([_error(mine, theirs) for mine, theirs in zip(found, exact, strict=True)])
     of_losses, *of_gradients = torch.tensor(errors).amax(dim=0).tolist()  # NaN is the largest
@@ -150,8 +156,11 @@ def dense_loss(problem: Problem, *, symmetric: bool = False) -> list[Tensor]:
     queries, documents = (side.double().requires_grad_() for side in (problem.queries, problem.documents))
     scores = queries @ documents.T / TEMPERATURE
     own = scores.gather(1, problem.positives.unsqueeze(1))
-    is_negative = problem.query_group.unsqueeze(1) == problem.document_group
-    is_negative &= problem.document_ids[problem.positives].unsqueeze(1) != problem.document_ids
+    is_negative = problem.positives.unsqueeze(1) != torch.arange(len(documents), device=documents.device)
+    if problem.query_group is not None and problem.document_group is not None:
+        is_negative &= problem.query_group.unsqueeze(1) == problem.document_group
+    if problem.document_ids is not None:
+        is_negative &= problem.document_ids[problem.positives].unsqueeze(1) != problem.document_ids
     negatives = scores.masked_fill(~is_negative, float("-inf"))
     losses = torch.logsumexp(torch.cat([own, negatives], dim=1), dim=1) - own.squeeze(1)
     if symmetric:

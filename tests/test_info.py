@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tdro_hpc import info
-from tdro_hpc.losses import host
+from tdro_hpc.losses import host, plain
 from tdro_hpc.losses.library import PATH, Library, load
 from tests.reference.infonce import slow_infonce
 from tests.reference.loss_cases import needs_library
@@ -85,6 +85,17 @@ def test_a_gradient_that_is_wrong_in_its_last_part_ends_with_1(
     assert info.main([]) == 1
     said = capsys.readouterr().out
     assert "float32   right" in said and "bfloat16  WRONG" in said and "float16   WRONG" in said
+
+
+@needs_library
+def test_a_call_without_options_that_is_wrong_ends_with_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    right = plain.of_sides
+    monkeypatch.setattr(plain, "of_sides", lambda *given: [1.05 * gradient for gradient in right(*given)])
+    assert info.main([]) == 1
+    said = capsys.readouterr().out
+    assert "float32   WRONG" in said and "bfloat16  right" in said and "float16   right" in said
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
