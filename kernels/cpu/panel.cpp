@@ -243,8 +243,8 @@ void GroupRun::end_columns() {
 Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const int64_t columns = group.columns.count, rows = blocks_of(group.rows.count) * LANES;
   const int64_t width = blocks_of(call.problem.width) * LANES;
-  // Every strip but the first has its own sum of dQ: few columns a strip would cost more in sums than in products. A power of two:
-  // three strips would take two threads as long as four.
+  // Every strip but the first has its own sum of dQ: few columns a strip would cost more in sums than in products. A
+  // power of two: three strips would take two threads as long as four.
   int64_t strips = columns > 24 ? 2 : 1;
   while (strips < MAX_STRIPS && columns > strips * STRIP_COLUMNS) strips *= 2;
   const int64_t even = (columns + strips - 1) / strips;

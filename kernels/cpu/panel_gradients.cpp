@@ -68,8 +68,7 @@ void GroupRun::add_gradients(const Tile& tile, int64_t strip, bool first, Scratc
   const uint32_t *shares = static_cast<const uint32_t*>(by_row), *packed = static_cast<const uint32_t*>(documents);
   for (int64_t dim = 0; dim < dims_; ++dim) {
     const int64_t width = std::min<int64_t>(LANES, problem_.width - dim * LANES);
-    for (int64_t block = 0; of_queries_ && block < row_blocks_; ++block)
-    {
+    for (int64_t block = 0; of_queries_ && block < row_blocks_; ++block) {
       Product product{std::min<int64_t>(LANES, rows_ - block * LANES), column_steps,
                       shares + block * column_steps * LANES, 0, packed + dim * column_steps * LANES,
                       query_part(strip, dim, block * LANES), LANES, !first};
