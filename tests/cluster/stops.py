@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,14 @@ def has_come(process: psutil.Process, number: signal.Signals) -> bool:
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     pending = next(line.split()[1] for line in lines if line.startswith("ShdPnd:"))
     return bool(int(pending, 16) >> (number - 1) & 1)
+
+
+def was_reached(process: psutil.Process, numbers: Iterable[signal.Signals]) -> bool:
+    """Whether Slurm has woken up a process that is held, or one of the signals waits for it, or it is gone."""
+    try:
+        return process.status() != psutil.STATUS_STOPPED or any(has_come(process, number) for number in numbers)
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return True
 
 
 def send(user: User, run: str, stage: str, number: signal.Signals, *, step: int) -> str:
