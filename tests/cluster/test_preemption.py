@@ -45,7 +45,10 @@ def check_put_back(user: User, run: str, high: str) -> None:
 @needs_root
 @pytest.mark.slow
 def test_a_preempted_stage_changes_no_bit_where_the_site_sends_only_sigterm() -> None:
-    with running_cluster(nodes=4, user_signal=False, grace_seconds=GRACE_SECONDS) as cluster, person_on(cluster) as user:
+    with (
+        running_cluster(nodes=4, user_signal=False, grace_seconds=GRACE_SECONDS) as cluster,
+        person_on(cluster) as user,
+    ):
         user.make_data()
         words = [*training_words(TRAINING_STEPS, stages=("s0",)), *training_words(1, stages=("s1", "s2"))]
         words = [*dict.fromkeys(words), "cluster.ranks_per_node=1"]
