@@ -13,6 +13,7 @@ namespace tdro {
 namespace {
 
 constexpr int64_t SMALL_GROUP = 1 << 24;  // multiply-adds: below, whole groups are spread over the threads
+constexpr int64_t TINY_GROUP = 1 << 20;   // below, other threads take longer to come than to help
 constexpr int64_t SMALL_AT_ONCE = 16;     // by so many threads, of which the bits must not depend
 
 const TileKernels& float_kernels() {
@@ -107,7 +108,7 @@ void run_groups(const Call& call, const Parallel& parallel, KeptRoom room = {}) 
     const Sizes sizes = sizes_of(group, call, alone ? workspace : workspace / SMALL_AT_ONCE);
     const Kept kept = room.take(group, sizes);
     if (alone)
-      run_group(call, g, sizes, parallel, kept);
+      run_group(call, g, sizes, work < TINY_GROUP ? serial() : parallel, kept);
     else
       small.push_back({g, sizes, kept});
   }

@@ -11,6 +11,7 @@ constexpr int64_t STEP_BLOCKS = 6;  // of 32 dimensions that scores sum at a tim
 constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 128;
 constexpr int64_t MAX_STRIPS = 16, STRIP_COLUMNS = 540;
 constexpr int64_t HELD_BYTES = 4 << 20;
+constexpr int64_t BLOCKS_COLUMNS = 1024;  // up to so many there is no need of strips
 
 // How many strips form their sums of the queries' gradients in the gradient itself: the first, where its rows lie beside
 // each other and all blocks of dimensions are whole.
@@ -43,15 +44,17 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
   strip_highest_.reset(sizes.strips * lanes);
   strip_sums_.reset(sizes.strips * lanes);
   if (sizes.keep) kept_inside_.reset(kept_floats_of(group_, sizes));
-  if (of_queries_) query_parts_.reset((sizes.strips - straight_) * lanes * dims_ * LANES);
+  if (of_queries_ && !sizes.by_blocks) query_parts_.reset((sizes.strips - straight_) * lanes * dims_ * LANES);
   if (call.column_negatives) {
     column_highest_.reset(group_.columns.count);
     column_sums_.reset(group_.columns.count);
     std::fill(&column_highest_[0], &column_highest_[0] + group_.columns.count, LOWEST);
     std::fill(&column_sums_[0], &column_sums_[0] + group_.columns.count, 0.0f);
   }
-  const int64_t threads = std::min<int64_t>(parallel.threads, sizes.strips);
-  for (int64_t i = 0; i < threads; ++i) scratch_.emplace_back(int(i), lanes, sizes.tile_columns, kernels_.pairs);
+  if (sizes.by_blocks && !sizes.keep && (of_queries_ || of_documents_)) shares_.reset(lanes * sizes.tile_columns);
+  const int64_t threads = std::min<int64_t>(parallel.threads, sizes.by_blocks ? most_block_tasks() : sizes.strips);
+  for (int64_t i = 0; i < threads; ++i)
+    scratch_.emplace_back(int(i), sizes.by_blocks ? LANES : lanes, sizes.tile_columns, kernels_.pairs);
   for (int64_t i = 0; i < (sizes.hold ? tiles_ : threads); ++i)
     packed_.emplace_back(sizes.tile_columns, problem_.width, kernels_.pairs, of_queries_);
 }
@@ -59,9 +62,13 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
 void GroupRun::run() {
   for (first_ = 0; first_ < group_.rows.count; first_ += sizes_.panel_rows) {
     begin_panel();
+    if (sizes_.by_blocks) {
+      run_blocks();
+      continue;
+    }
     if (!call_.shares) {
       parallel_.run(sizes_.strips, [&](int64_t strip, int thread) { statistics_of_strip(strip, scratch_[thread]); });
-      merge_strips();
+      merge_strips(0, rows_);
     }
     if (of_queries_ || of_documents_) {
       parallel_.run(sizes_.strips, [&](int64_t strip, int thread) { gradients_of_strip(strip, scratch_[thread]); });
@@ -80,7 +87,8 @@ void GroupRun::begin_panel() {
                                        : kept_inside_.data();
   kept_highest_ = kept_ ? kept_ + tiles_ * sizes_.tile_columns * lanes_ : nullptr;
   look_up_rows();
-  pack_rows();
+  if (sizes_.by_blocks) return;
+  parallel_.run(row_blocks_, [&](int64_t block, int) { pack_rows(block); });
   const int64_t pairs = (rows_ + 1) / 2;
   for (int64_t dim = 0; dim < dims_ && middle_.data(); ++dim)
     kernels_.pair_means(&by_dimension_[dim * pairs * LANES], rows_, &middle_[dim * LANES]);
@@ -105,22 +113,19 @@ void GroupRun::look_up_rows() {
   }
 }
 
-void GroupRun::pack_rows() {
+void GroupRun::pack_rows(int64_t block) {
   const Span& members = group_.rows;
-  parallel_.run(row_blocks_, [&](int64_t block, int) {
-    const int64_t start = first_ + block * LANES, count = std::min<int64_t>(LANES, first_ + rows_ - start);
-    const Rows rows{problem_.queries, problem_.type, problem_.width, members.first + start, count,
-                    members.index ? members.index + start : nullptr};
-    const bool scores_follow = !call_.shares || !kept_;
-    if (kernels_.pairs) {
-      if (scores_follow) pack_transposed_pairs(rows, &transposed_[block * ((problem_.width + 1) / 2) * LANES]);
-      if (of_documents_) pack_row_pairs(rows, (rows_ + 1) / 2, &by_dimension_[block * LANES / 2 * LANES]);
-    } else {
-      if (scores_follow)
-        pack_transposed(rows, reinterpret_cast<float*>(&transposed_[block * problem_.width * LANES]));
-      if (of_documents_) pack_lanes(rows, rows_, reinterpret_cast<float*>(&by_dimension_[block * LANES * LANES]));
-    }
-  });
+  const int64_t start = first_ + block * LANES, count = std::min<int64_t>(LANES, first_ + rows_ - start);
+  const Rows rows{problem_.queries, problem_.type, problem_.width, members.first + start, count,
+                  members.index ? members.index + start : nullptr};
+  const bool scores_follow = !call_.shares || !kept_;
+  if (kernels_.pairs) {
+    if (scores_follow) pack_transposed_pairs(rows, &transposed_[block * ((problem_.width + 1) / 2) * LANES]);
+    if (of_documents_) pack_row_pairs(rows, (rows_ + 1) / 2, &by_dimension_[block * LANES / 2 * LANES]);
+  } else {
+    if (scores_follow) pack_transposed(rows, reinterpret_cast<float*>(&transposed_[block * problem_.width * LANES]));
+    if (of_documents_) pack_lanes(rows, rows_, reinterpret_cast<float*>(&by_dimension_[block * LANES * LANES]));
+  }
 }
 
 GroupRun::Tile GroupRun::tile_at(int64_t number, int thread) const {
@@ -145,25 +150,27 @@ void GroupRun::pack_documents(const Tile& tile, bool for_gradient) const {
 }
 
 // Sums of q . d, for which the positives' own columns and the padding are taken out at once.
-void GroupRun::raw_scores(const Tile& tile, float* scores) const {
+void GroupRun::raw_scores(const Tile& tile, const Blocks& blocks, float* scores) const {
   const int64_t block_lanes = kernels_.pairs ? LANES / 2 : LANES;
   const int64_t steps = kernels_.pairs ? (problem_.width + 1) / 2 : problem_.width;  // of the summed axis
   for (int64_t done = 0; done < steps; done += STEP_BLOCKS * block_lanes)
-    for (int64_t block = 0; block < row_blocks_; ++block)
+    for (int64_t block = 0; block < blocks.count; ++block)
       kernels_.product_rows({tile.count, std::min(STEP_BLOCKS * block_lanes, steps - done),
                              &tile.documents.for_scores[done * tile.padded], tile.padded * block_lanes,
-                             &transposed_[(block * steps + done) * LANES], scores + block * tile.padded * LANES,
-                             LANES, done > 0});
-  for (int64_t block = 0; block < row_blocks_ && tile.padded > tile.count; ++block)
+                             &transposed_[((blocks.first + block) * steps + done) * LANES],
+                             scores + block * tile.padded * LANES, LANES, done > 0});
+  for (int64_t block = 0; block < blocks.count && tile.padded > tile.count; ++block)
     std::fill_n(scores + (block * tile.padded + tile.count) * LANES, LANES, LOWEST);
-  for (int64_t i = 0; i < rows_; ++i) {
-    const int64_t column = place_[i] - tile.first;
+  const int64_t lane = blocks.first * LANES;
+  for (int64_t i = 0; i < std::min(rows_ - lane, blocks.count * LANES); ++i) {
+    const int64_t column = place_[lane + i] - tile.first;
     if (column >= 0 && column < tile.count) scores[(i / LANES * tile.padded + column) * LANES + i % LANES] = LOWEST;
   }
 }
 
-void GroupRun::finish(const Tile& tile, Scratch& scratch, float* scores, float* highest) const {
+void GroupRun::finish(const Tile& tile, const Blocks& blocks, Scratch& scratch, float* scores, float* highest) const {
   TileMask mask{};
+  const int64_t lane = blocks.first * LANES;
   float* log_weights = scratch.column_floats.data();
   for (int64_t c = 0; c < tile.padded && (problem_.log_weights || !call_.ids.columns.empty()); ++c) {
     const int64_t column = group_.columns.member(tile.first + std::min(c, tile.count - 1));
@@ -172,10 +179,11 @@ void GroupRun::finish(const Tile& tile, Scratch& scratch, float* scores, float* 
   }
   if (problem_.log_weights) mask.log_weights = log_weights;
   if (!call_.ids.columns.empty()) mask.column_ids = scratch.column_ids.data();
-  if (!call_.ids.positives.empty()) mask.positive_ids = positive_ids_.data();
-  if (!call_.ids.known.empty()) mask.known_ids = known_ids_.data(), mask.known = int(problem_.known);
-  if (problem_.has_margin) mask.limits = limits_.data();
-  kernels_.finish_scores(scores, row_blocks_, tile.padded, 1.0f / problem_.temperature, mask, highest);
+  if (!call_.ids.positives.empty()) mask.positive_ids = positive_ids_.data() + lane;
+  if (!call_.ids.known.empty()) mask.known_ids = known_ids_.data() + lane, mask.known = int(problem_.known);
+  mask.known_lanes = lanes_;
+  if (problem_.has_margin) mask.limits = limits_.data() + lane;
+  kernels_.finish_scores(scores, blocks.count, tile.padded, 1.0f / problem_.temperature, mask, highest);
 }
 
 void GroupRun::statistics_of_strip(int64_t strip, Scratch& scratch) {
@@ -187,8 +195,8 @@ void GroupRun::statistics_of_strip(int64_t strip, Scratch& scratch) {
     float* scores = kept_ ? kept_ + number * sizes_.tile_columns * lanes_ : scratch.scores.data();
     float* highest = kept_ ? kept_highest_ + number * lanes_ : scratch.factors.data();
     pack_documents(tile, false);
-    raw_scores(tile, scores);
-    finish(tile, scratch, scores, highest);
+    raw_scores(tile, {0, row_blocks_}, scores);
+    finish(tile, {0, row_blocks_}, scratch, scores, highest);
     if (call_.column_negatives) merge_columns(tile, scratch, scores);
     kernels_.exponentials(scores, row_blocks_, tile.padded, highest, scratch.sums.data());
     kernels_.merge_statistics(best, sums, highest, scratch.sums.data(), lanes_);
@@ -211,8 +219,9 @@ void GroupRun::merge_columns(const Tile& tile, Scratch& scratch, const float* sc
   }
 }
 
-void GroupRun::merge_strips() {
-  for (int64_t i = 0; i < rows_; ++i) {
+// Of rows first to last of the panel: their losses, and what the gradients ask of them.
+void GroupRun::merge_strips(int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i) {
     float top = LOWEST, sum = 0.0f;
     for (int64_t strip = 0; strip < sizes_.strips; ++strip) top = std::max(top, strip_highest_[strip * lanes_ + i]);
     for (int64_t strip = 0; strip < sizes_.strips; ++strip)
@@ -243,21 +252,28 @@ void GroupRun::end_columns() {
 Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const int64_t columns = group.columns.count, rows = blocks_of(group.rows.count) * LANES;
   const int64_t width = blocks_of(call.problem.width) * LANES;
+  const bool keep = call.row_weights != nullptr, hold = 4 * columns * width <= HELD_BYTES;
+  const auto fitted = [&](Sizes sizes, int64_t floats_a_row) {
+    const int64_t fitting = workspace / (4 * floats_a_row) / LANES * LANES;
+    sizes.panel_rows = std::min(sizes.panel_rows, std::max<int64_t>(fitting, LANES));
+    return sizes;
+  };
+  const auto whole = [](int64_t count) { return (count + 3) / 4 * 4; };  // products take 12, 8 or 4 columns at a time
+  const int64_t panel_rows = std::min(rows, MAX_PANEL_ROWS);
+  const bool of_columns = call.column_negatives || (call.shares && call.shares->column_totals);
+  if (columns <= BLOCKS_COLUMNS && hold && !call.kernels.pairs && !of_columns)
+    return fitted({panel_rows, whole(columns), 1, keep, hold, true}, whole(columns) + 2 * width);
   // Every strip but the first has its own sum of dQ: few columns a strip would cost more in sums than in products. A
   // power of two: three strips would take two threads as long as four.
   int64_t strips = columns > 24 ? 2 : 1;
   while (strips < MAX_STRIPS && columns > strips * STRIP_COLUMNS) strips *= 2;
   const int64_t even = (columns + strips - 1) / strips;
   const int64_t tiles = (even + MAX_TILE_COLUMNS - 1) / MAX_TILE_COLUMNS;  // of a strip: as many in each
-  const int64_t tile = ((even + tiles - 1) / tiles + 3) / 4 * 4;           // products take 12, 8 or 4 at a time
-  Sizes sizes{std::min(rows, MAX_PANEL_ROWS), tile, std::min(strips, (columns + tile - 1) / tile),
-              call.row_weights != nullptr, 4 * columns * width <= HELD_BYTES};
+  const int64_t tile = whole((even + tiles - 1) / tiles);
+  strips = std::min(strips, (columns + tile - 1) / tile);
   const int64_t straight = straight_strips(group, call.problem.width);
   const int64_t parts = call.query_gradient || call.kept ? strips - straight : 0;
-  const int64_t bytes_a_row = 4 * ((sizes.keep ? columns : 0) + tile + (parts + 2) * width);
-  const int64_t fitting = workspace / bytes_a_row / LANES * LANES;
-  sizes.panel_rows = std::min(sizes.panel_rows, std::max<int64_t>(fitting, LANES));
-  return sizes;
+  return fitted({panel_rows, tile, strips, keep, hold, false}, (keep ? columns : 0) + tile + (parts + 2) * width);
 }
 
 int64_t kept_floats_of(const Group& group, const Sizes& sizes) {
@@ -266,7 +282,9 @@ int64_t kept_floats_of(const Group& group, const Sizes& sizes) {
 }
 
 int64_t own_floats_of(const Group& group, const Sizes& sizes, int64_t width) {
-  return blocks_of(width) * LANES * (sizes.panel_rows * (sizes.strips + 2) + (sizes.hold ? group.columns.count : 0));
+  const int64_t parts = sizes.by_blocks ? 0 : sizes.strips, shares = sizes.by_blocks ? sizes.tile_columns : 0;
+  return blocks_of(width) * LANES * (sizes.panel_rows * (parts + 2) + (sizes.hold ? group.columns.count : 0)) +
+         sizes.panel_rows * shares;
 }
 
 void run_group(const Call& call, int32_t group, const Sizes& sizes, const Parallel& parallel, const Kept& kept) {

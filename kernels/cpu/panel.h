@@ -1,4 +1,5 @@
-// One group's rows against its columns: a panel of rows at a time, the columns in strips of tiles.
+// One group's rows against its columns: a panel of rows at a time, the columns in strips of tiles, or few of them by
+// blocks.
 //
 // What is fixed by the shape alone: the panels, the tiles, the strips, and the order in which their parts are added. So
 // the bits of the results do not depend on the number of threads.
@@ -52,6 +53,7 @@ struct Sizes {
   int64_t panel_rows, tile_columns, strips;
   bool keep;  // the panel's exponentials, so that the gradients need no second product of the scores
   bool hold;  // all documents packed, so that they are packed once
+  bool by_blocks;  // one tile and one strip: the work is shared out by blocks of rows, then by blocks of dimensions
 };
 
 // Sizes for a group, with as many rows a panel as fit into `workspace` bytes. A forward that keeps exponentials for a

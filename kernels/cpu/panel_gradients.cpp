@@ -14,8 +14,8 @@ void GroupRun::shares_of(const Tile& tile, int64_t number, int64_t strip, Scratc
     kernels_.scale_rows(kept_ + number * sizes_.tile_columns * lanes_, shares, row_blocks_, tile.padded,
                         scratch.factors.data());
   } else {
-    raw_scores(tile, shares);
-    finish(tile, scratch, shares, scratch.sums.data());
+    raw_scores(tile, {0, row_blocks_}, shares);
+    finish(tile, {0, row_blocks_}, scratch, shares, scratch.sums.data());
     float *totals = nullptr, *factors = nullptr;
     if (call_.shares && call_.shares->column_totals) {
       totals = scratch.column_floats.data() + tile.padded, factors = totals + tile.padded;
@@ -112,9 +112,7 @@ void GroupRun::end_panel() {
       if (!kernels_.pairs && !call_.all_columns) continue;
       float lost = call_.all_columns ? -positive_factors_[i] : 0.0f;
       for (int64_t strip = 0; strip < sizes_.strips; ++strip) lost += strip_sums_[strip * lanes_ + i];
-      const int64_t own = problem_.positives[row];  // which may be in another group, or not among these columns
-      const int64_t column = own >= 0 && own < problem_.columns ? own : group_.columns.member(0);
-      kernels_.add_scaled(target, wide_row(documents, column, positive.data()), lost, problem_.width);
+      kernels_.add_scaled(target, wide_row(documents, column_of_positive(row), positive.data()), lost, problem_.width);
     }
   });
 }

@@ -1,4 +1,5 @@
-// The work on one group in steps: panel.cpp prepares, scores and adds up, panel_gradients.cpp forms the gradients.
+// The work on one group in steps: panel.cpp prepares, scores and adds up, panel_gradients.cpp forms the gradients,
+// panel_blocks.cpp does the same for few columns.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 
 namespace tdro {
 
+constexpr int64_t COLUMNS_AT_ONCE = 128;  // of documents' gradients, beside each other in a thread's room
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 // A thread's own room for one tile.
@@ -18,7 +20,7 @@ struct Scratch {
         scores(rows * columns),
         share_lanes(pairs ? rows * columns / 2 : 0),
         share_rows(pairs ? rows * columns / 2 : 0),
-        gradient(columns * LANES),
+        gradient(std::max<int64_t>(std::min(columns, COLUMNS_AT_ONCE), LANES) * LANES),
         factors(rows),
         sums(rows),
         column_floats(5 * columns),
@@ -51,23 +53,41 @@ class GroupRun {
     int64_t first, count, padded;  // columns of the group; padded to pairs
     const PackedTile& documents;
   };
+  struct Blocks {
+    int64_t first, count;  // of the panel's rows
+  };
 
   void begin_panel();
   void look_up_rows();
-  void pack_rows();
+  void pack_rows(int64_t block);
   void statistics_of_strip(int64_t strip, Scratch& scratch);
-  void merge_strips();
+  void merge_strips(int64_t first, int64_t last);
   void gradients_of_strip(int64_t strip, Scratch& scratch);
   void end_panel();
   void end_columns();
 
+  int64_t most_block_tasks() const;
+  void run_blocks();
+  void pack_columns(int64_t block);
+  void statistics_of_block(int64_t block, Scratch& scratch);
+  void shares_of_block(int64_t block, Scratch& scratch);
+  void begin_gradients(int64_t block);
+  void query_gradients(int64_t first, int64_t last, Scratch& scratch);
+  void document_gradients(int64_t first, int64_t last, Scratch& scratch);
+
   Tile tile_at(int64_t number, int thread) const;
   void pack_documents(const Tile& tile, bool for_gradient) const;
-  void raw_scores(const Tile& tile, float* scores) const;
-  void finish(const Tile& tile, Scratch& scratch, float* scores, float* highest) const;
+  void raw_scores(const Tile& tile, const Blocks& blocks, float* scores) const;
+  void finish(const Tile& tile, const Blocks& blocks, Scratch& scratch, float* scores, float* highest) const;
   void merge_columns(const Tile& tile, Scratch& scratch, const float* scores);
   void shares_of(const Tile& tile, int64_t number, int64_t strip, Scratch& scratch);
   void add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch);
+  float* panel_shares() const { return shares_.data() ? shares_.data() : kept_; }
+  // A row's positive, which may be in another group; any column of the group where it is not among these.
+  int64_t column_of_positive(int64_t row) const {
+    const int64_t own = problem_.positives[row];
+    return own >= 0 && own < problem_.columns ? own : group_.columns.member(0);
+  }
   int64_t strip_start(int64_t strip) const { return strip * tiles_ / sizes_.strips; }
   // Of a strip's sums of the queries' gradients; null for the first, whose sums are formed in the gradient itself.
   float* query_part(int64_t strip, int64_t dim, int64_t lane) {
@@ -96,6 +116,7 @@ class GroupRun {
   Buffer<float> strip_highest_, strip_sums_;  // [strip][lanes]
   Buffer<float> kept_inside_;  // of a panel, where the gradients follow at once
   float *kept_ = nullptr, *kept_highest_ = nullptr;  // [tile][row block][column][32], [tile][lanes]; null = not kept
+  Buffer<float> shares_;  // as kept_, by blocks where nothing is kept here
   Buffer<float> query_parts_;                 // [strip, without straight_][dimension block][lanes][32]
   Buffer<float> column_highest_, column_sums_;  // [columns of the group]
   std::vector<Scratch> scratch_;

@@ -23,8 +23,9 @@ inline int64_t blocks_of(int64_t size) { return (size + LANES - 1) / LANES; }
 struct TileMask {
   const int32_t* column_ids;    // [columns] or null
   const int32_t* positive_ids;  // [row blocks * 32] or null
-  const int32_t* known_ids;     // [known][row blocks * 32] or null
+  const int32_t* known_ids;     // [known][known_lanes], of which the first row blocks * 32 count, or null
   int known;
+  int64_t known_lanes;
   const float* limits;          // [row blocks * 32] or null: scaled scores above are no negatives
   const float* log_weights;     // [columns] or null
 };

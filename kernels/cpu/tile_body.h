@@ -109,7 +109,7 @@ void finish_scores(float* scores, int64_t row_blocks, int64_t columns, float sca
           const Integers id = mask.column_ids[column] - Integers{};
           if (mask.positive_ids) score = without(score, id == load(mask.positive_ids + lane));
           for (int known = 0; known < mask.known; ++known)
-            score = without(score, id == load(mask.known_ids + known * row_blocks * LANES + lane));
+            score = without(score, id == load(mask.known_ids + known * mask.known_lanes + lane));
         }
         if (mask.log_weights) score += mask.log_weights[column];
         best = larger(score, best);
