@@ -175,16 +175,24 @@ def problem_of(masks, dtype, *, rows=300, columns=1500, width=70):
     queries, documents, positives = with_hard_negatives(1, rows, columns, width=width)
     groups = {"query_group": torch.arange(rows) % 8, "document_group": torch.arange(columns) % 9 + 1}
     halves = {"query_group": torch.arange(rows) % 2, "document_group": torch.arange(columns) % 2}
-    options = {"none": {}, "groups": groups, "large groups": halves, "all": choices(2, rows, columns)[1]}[masks]
+    options = {"none": {}, "groups": groups, "halves": halves, "all": choices(2, rows, columns)[1]}[masks]
     return (queries.to(dtype), documents.to(dtype), positives % 40, torch.linspace(-1, 2, rows)), options
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("masks", ["none", "groups", "large groups", "all"])
-def test_any_number_of_threads_gives_the_same_bits(dtype, masks):
-    # Groups above 2^24 multiply-adds are spread over the threads, of smaller ones each is done by one thread.
-    size = {"rows": 340, "columns": 1700, "width": 140} if masks == "large groups" else {}
+@pytest.mark.parametrize(
+    ("masks", "size"),
+    [
+        *((masks, {}) for masks in ("none", "groups", "all")),
+        # Groups above 2^24 multiply-adds are spread over the threads, of smaller ones each is done by one thread; of
+        # float32, those above 1024 columns in strips.
+        ("halves", {"rows": 340, "columns": 2380, "width": 140}),
+        ("halves", {"rows": 340, "columns": 1020, "width": 250}),
+        ("none", {"rows": 300, "columns": 600}),
+    ],
+)
+def test_any_number_of_threads_gives_the_same_bits(dtype, masks, size):
     inputs, options = problem_of(masks, dtype, **size)
     before, results = torch.get_num_threads(), []
     try:
