@@ -1,7 +1,6 @@
 // Few columns: every thread takes blocks of rows from their scores to their shares, then blocks of dimensions of both
-// gradients. Threads meet three times a panel, and no sum has to be put together of parts.
-#include <cstring>
-
+// gradients. Threads meet three times a panel, and no sum has to be put together of parts. What end_panel gives back to
+// the positive is not above the rounding of so few shares.
 #include "panel_run.h"
 
 namespace tdro {
@@ -25,7 +24,6 @@ void GroupRun::run_blocks() {
     pack_rows(block);
     if (!call_.shares) statistics_of_block(block, scratch_[thread]);
     if (gradients) shares_of_block(block, scratch_[thread]);
-    if (of_queries_) begin_gradients(block);
   });
   if (gradients)
     parallel_.run(2 * parts_of(dims_), [&](int64_t task, int thread) {
@@ -55,11 +53,10 @@ void GroupRun::statistics_of_block(int64_t block, Scratch& scratch) {
   merge_strips(lane, std::min(rows_, lane + LANES));
 }
 
-// The share of each pair of the block in the gradient, over the temperature.
 void GroupRun::shares_of_block(int64_t block, Scratch& scratch) {
   const Tile tile = tile_at(0, 0);
   const int64_t lane = block * LANES;
-  float *shares = panel_shares() + lane * tile.padded, *lost = &strip_sums_[lane];
+  float* shares = panel_shares() + lane * tile.padded;
   if (kept_) {
     kernels_.row_scales(kept_highest_ + lane, &totals_[lane], &factors_[lane], scratch.factors.data(), LANES);
     kernels_.scale_rows(kept_ + lane * tile.padded, shares, 1, tile.padded, scratch.factors.data());
@@ -68,25 +65,9 @@ void GroupRun::shares_of_block(int64_t block, Scratch& scratch) {
     finish(tile, {block, 1}, scratch, shares, scratch.sums.data());
     kernels_.shares(shares, 1, tile.padded, &totals_[lane], &factors_[lane], nullptr, nullptr);
   }
-  std::fill_n(lost, LANES, 0.0f);
-  if (call_.all_columns && of_queries_) kernels_.take_rows(shares, 1, tile.padded, lost);
   for (int64_t i = 0; i < std::min<int64_t>(LANES, rows_ - lane); ++i) {
     const int64_t column = place_[lane + i];
     if (column >= 0) shares[column * LANES + i] += positive_factors_[lane + i];
-  }
-}
-
-// The gradients of the block's queries begin with what end_panel would add.
-void GroupRun::begin_gradients(int64_t block) {
-  const Rows documents{problem_.documents, problem_.type, problem_.width, 0, problem_.columns, nullptr};
-  std::vector<float> positive(problem_.type == Type::float32 ? 0 : problem_.width);
-  for (int64_t i = block * LANES; i < std::min(rows_, (block + 1) * LANES); ++i) {
-    const int64_t row = group_.rows.member(first_ + i);
-    float* target = call_.query_gradient + row * problem_.width;
-    std::memset(target, 0, problem_.width * sizeof(float));
-    if (!call_.all_columns) continue;
-    const float* document = wide_row(documents, column_of_positive(row), positive.data());
-    kernels_.add_scaled(target, document, strip_sums_[i] - positive_factors_[i], problem_.width);
   }
 }
 
@@ -100,10 +81,10 @@ void GroupRun::query_gradients(int64_t first, int64_t last, Scratch& scratch) {
       float* const target = call_.query_gradient + (group_.rows.first + start) * problem_.width + dim * LANES;
       kernels_.product_lanes({rows, tile.count, panel_shares() + block * tile.padded * LANES, 0,
                               &tile.documents.for_scores[dim * tile.padded * LANES],
-                              direct ? target : scratch.gradient.data(), direct ? problem_.width : LANES, direct});
+                              direct ? target : scratch.gradient.data(), direct ? problem_.width : LANES, false});
       for (int64_t i = 0; !direct && i < rows; ++i)
         kernels_.add_lanes(call_.query_gradient + group_.rows.member(start + i) * problem_.width + dim * LANES,
-                           &scratch.gradient[i * LANES], width, true);
+                           &scratch.gradient[i * LANES], width, false);
     }
   }
 }

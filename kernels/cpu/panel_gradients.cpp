@@ -112,7 +112,9 @@ void GroupRun::end_panel() {
       if (!kernels_.pairs && !call_.all_columns) continue;
       float lost = call_.all_columns ? -positive_factors_[i] : 0.0f;
       for (int64_t strip = 0; strip < sizes_.strips; ++strip) lost += strip_sums_[strip * lanes_ + i];
-      kernels_.add_scaled(target, wide_row(documents, column_of_positive(row), positive.data()), lost, problem_.width);
+      const int64_t own = problem_.positives[row];  // which may be in another group, or not among these columns
+      const int64_t column = own >= 0 && own < problem_.columns ? own : group_.columns.member(0);
+      kernels_.add_scaled(target, wide_row(documents, column, positive.data()), lost, problem_.width);
     }
   });
 }

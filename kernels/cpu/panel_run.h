@@ -71,7 +71,6 @@ class GroupRun {
   void pack_columns(int64_t block);
   void statistics_of_block(int64_t block, Scratch& scratch);
   void shares_of_block(int64_t block, Scratch& scratch);
-  void begin_gradients(int64_t block);
   void query_gradients(int64_t first, int64_t last, Scratch& scratch);
   void document_gradients(int64_t first, int64_t last, Scratch& scratch);
 
@@ -83,11 +82,6 @@ class GroupRun {
   void shares_of(const Tile& tile, int64_t number, int64_t strip, Scratch& scratch);
   void add_gradients(const Tile& tile, int64_t strip, bool first, Scratch& scratch);
   float* panel_shares() const { return shares_.data() ? shares_.data() : kept_; }
-  // A row's positive, which may be in another group; any column of the group where it is not among these.
-  int64_t column_of_positive(int64_t row) const {
-    const int64_t own = problem_.positives[row];
-    return own >= 0 && own < problem_.columns ? own : group_.columns.member(0);
-  }
   int64_t strip_start(int64_t strip) const { return strip * tiles_ / sizes_.strips; }
   // Of a strip's sums of the queries' gradients; null for the first, whose sums are formed in the gradient itself.
   float* query_part(int64_t strip, int64_t dim, int64_t lane) {
