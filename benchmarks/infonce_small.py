@@ -4,8 +4,10 @@
 
 At these sizes a process may be a third slower than the next one of the same code, for where its memory happens to lie;
 benchmarks/infonce.py, which gives each implementation a process of its own, cannot tell that from a difference between
-them. Cells: best, and median, as a multiple of naive's (`matmul`, then `cross_entropy`). `bare` is the library's
-operator in an autograd function that checks nothing, knows no option and gives the mean alone.
+them. A virtual machine may also have two cores in one moment and one in the next. So a cell is the best round as a multiple
+of naive's (`matmul`, then `cross_entropy`) and the median of the ratios to naive in the same round; a round's time is the
+middle one of three calls. `bare` is the library's operator in an autograd function that checks nothing, knows no option and
+gives the mean alone.
 """
 
 import os
@@ -33,7 +35,7 @@ def main(words: list[str]) -> None:
     for rows, width in SHAPES:
         times = _times(_steps(rows, width), float(options["seconds"]))
         naive = times.pop("naive")
-        cells = [f"{min(each) / min(naive):.2f}, {_middle(each) / _middle(naive):.2f}" for each in times.values()]
+        cells = [f"{min(each) / min(naive):.2f}, {_middle_ratio(each, naive):.2f}" for each in times.values()]
         print(f"| {rows}, 0, {width} | {1e3 * min(naive):.3g} ms | {' | '.join(cells)} |", flush=True)
 
 
@@ -87,15 +89,17 @@ def _times(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str, 
     while time.perf_counter() < end or not times["naive"]:
         for name, step in steps.items():
             step()
+            calls = []
             for _ in range(3):
                 began = time.perf_counter()
                 step()
-                times[name].append(time.perf_counter() - began)
+                calls.append(time.perf_counter() - began)
+            times[name].append(statistics.median(calls))
     return times
 
 
-def _middle(times: list[float]) -> float:
-    return statistics.median(times)
+def _middle_ratio(times: list[float], naive: list[float]) -> float:
+    return statistics.median(mine / its for mine, its in zip(times, naive, strict=True))
 
 
 if __name__ == "__main__":
