@@ -4,10 +4,11 @@
 
 At these sizes a process may be a third slower than the next one of the same code, for where its memory happens to lie;
 benchmarks/infonce.py, which gives each implementation a process of its own, cannot tell that from a difference between
-them. A virtual machine may also have two cores in one moment and one in the next. So a cell is the best round as a multiple
-of naive's (`matmul`, then `cross_entropy`) and the median of the ratios to naive in the same round; a round's time is the
-middle one of three calls. `bare` is the library's operator in an autograd function that checks nothing, knows no option and
-gives the mean alone.
+them. A virtual machine may also have two cores in one moment and one in the next. So a cell is the best round as a
+multiple of naive's (`matmul`, then `cross_entropy`) and the median of the ratios to naive in the same round; a round's
+time is the middle one of three calls. `bare` is the library's operator in an autograd function that checks nothing, knows
+no option and gives the mean alone. Products at peak: what the three products would take at the rate that a loop of
+multiply-adds on registers has in the same round; the median of these ratios to naive.
 """
 
 import os
@@ -31,11 +32,15 @@ def main(words: list[str]) -> None:
         )
         sys.exit(2)
     os.environ["OMP_NUM_THREADS"] = options["threads"]  # before torch is imported
-    print("| B, n, d | naive, best | naive rows | rows | mean | bare |\n|---|---|---|---|---|---|")
+    print(
+        "| B, n, d | naive, best | naive rows | rows | mean | bare | products at peak |\n|---|---|---|---|---|---|---|"
+    )
     for rows, width in SHAPES:
-        times = _times(_steps(rows, width), float(options["seconds"]))
-        naive = times.pop("naive")
+        times = _times(_steps(rows, width), float(options["seconds"]), int(options["threads"]))
+        naive, rates = times.pop("naive"), times.pop("rate")
         cells = [f"{min(each) / min(naive):.2f}, {_middle_ratio(each, naive):.2f}" for each in times.values()]
+        products = [6e-9 * rows * rows * width / rate for rate in rates]
+        cells.append(f"{_middle_ratio(products, naive):.2f}" if rates else "-")
         print(f"| {rows}, 0, {width} | {1e3 * min(naive):.3g} ms | {' | '.join(cells)} |", flush=True)
 
 
@@ -83,8 +88,12 @@ def _bare() -> type:
     return Bare
 
 
-def _times(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def _times(steps: dict[str, Callable[[], object]], seconds: float, threads: int) -> dict[str, list[float]]:
+    """Seconds of each round by name; under "rate" the GFLOP/s of the machine, none without a C compiler."""
+    from infonce_lib.roofline import loop_functions, rate_now
+
+    loop = loop_functions().get("float32")
+    times: dict[str, list[float]] = {name: [] for name in [*steps, "rate"]}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or not times["naive"]:
         for name, step in steps.items():
@@ -95,6 +104,8 @@ def _times(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str, 
                 step()
                 calls.append(time.perf_counter() - began)
             times[name].append(statistics.median(calls))
+        if loop is not None:
+            times["rate"].append(rate_now(loop, threads))
     return times
 
 

@@ -1,6 +1,7 @@
 """benchmarks/infonce.py: every table runs, what it measures is what it says, and a wrong loss is not timed."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -151,10 +152,22 @@ def test_a_mistake_names_what_to_type(word, said):
 def test_small_batches_in_one_process_have_a_row_of_ratios_each(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "infonce_small.py")]
     done = subprocess.run([*command, "threads=1", "seconds=0"], cwd=tmp_path, capture_output=True, text=True)
-    rows = re.findall(r"\| (\d+), 0, \d+ \| \S+ ms((?: \| [\d.]+, [\d.]+){4}) \|", done.stdout)
+    rows = re.findall(r"\| (\d+), 0, \d+ \| \S+ ms((?: \| [\d.]+, [\d.]+){4}) \| ([\d.]+|-) \|", done.stdout)
     assert done.returncode == 0 and [int(row[0]) for row in rows] == [
         n for n in (16, 64, 128, 256, 512, 1024) for _ in "12"
     ]
-    assert all(0 < float(ratio) < 100 for _, cells in rows for ratio in re.findall(r"[\d.]+", cells))
+    assert all(0 < float(ratio) < 100 for _, cells, _ in rows for ratio in re.findall(r"[\d.]+", cells))
     wrong = subprocess.run([*command, "seconds=0", "thread=1"], cwd=tmp_path, capture_output=True, text=True)
     assert wrong.returncode == 2 and "no option thread; there are threads, seconds" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_the_cores_of_a_machine_are_measured_alone_and_together(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "cores.py")]
+    done = subprocess.run([*command, "seconds=0.3"], cwd=tmp_path, capture_output=True, text=True)
+    alone, *together, _ = done.stdout.splitlines()
+    cores = len(os.sched_getaffinity(0))
+    assert done.returncode == 0 and re.fullmatch(rf"One core alone: \d+ GFLOP/s. {cores} cores .*", alone), done.stderr
+    assert all(0.2 < float(sum_of_rates) < 2 * cores for sum_of_rates in together[0].split())
+    wrong = subprocess.run([*command, "second=1"], cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "no option second; there is seconds" in wrong.stderr

@@ -79,6 +79,12 @@ def _best_seconds(run: Callable[[], object], seconds: float) -> float:
 
 def loop_rates(threads: int, seconds: float) -> dict[str, float]:
     """GFLOP/s of multiply-adds on registers alone over all threads; empty without a C compiler."""
+    loops = loop_functions()
+    return {f"multiply-add loop, {name}": _loop_rate(loop, threads, seconds) for name, loop in loops.items()}
+
+
+def loop_functions() -> dict[str, "ctypes._NamedFuncPointer"]:
+    """By type: function(rounds, factor, sink) of peak.c, which gives the operations it has done."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return {}
@@ -88,13 +94,31 @@ def loop_rates(threads: int, seconds: float) -> dict[str, float]:
         if subprocess.run(command, capture_output=True).returncode:
             return {}
         library = ctypes.CDLL(str(path))
-    names = ("float32", "bfloat16")
-    return {f"multiply-add loop, {name}": _loop_rate(library[f"{name}_operations"], threads, seconds) for name in names}
+    functions = {name: library[f"{name}_operations"] for name in ("float32", "bfloat16")}
+    for function in functions.values():
+        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long, ctypes.c_float, ctypes.c_void_p]
+    return functions
+
+
+def rate_now(function: "ctypes._NamedFuncPointer", threads: int) -> float:
+    """GFLOP/s of the threads together in about this millisecond."""
+    rates: list[float] = []
+
+    def work() -> None:
+        began = time.perf_counter()
+        operations = function(300_000, 0.5, ctypes.byref(ctypes.c_float()))
+        rates.append(1e-9 * operations / (time.perf_counter() - began))
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(rates)
 
 
 def _loop_rate(function: "ctypes._NamedFuncPointer", threads: int, seconds: float) -> float:
     """GFLOP/s of the fastest of a few runs; ctypes lets go of Python's lock, so that threads run side by side."""
-    function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long, ctypes.c_float, ctypes.c_void_p]
     rounds, best, end = 2_000_000, 0.0, time.perf_counter() + seconds
     while True:
         operations: list[float] = []
