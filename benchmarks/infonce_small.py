@@ -7,8 +7,8 @@ benchmarks/infonce.py, which gives each implementation a process of its own, can
 them. A virtual machine may also have two cores in one moment and one in the next. So a cell is the best round as a
 multiple of naive's (`matmul`, then `cross_entropy`) and the median of the ratios to naive in the same round; a round's
 time is the middle one of three calls. `bare` is the library's operator in an autograd function that checks nothing,
-knows no option and gives the mean alone. Products at peak: what the three products would take at the rate that a loop of
-multiply-adds on registers has in the same round; the median of these ratios to naive.
+knows no option and gives the mean alone. Products at peak: what the three products would take at the rate that a loop
+of multiply-adds on registers has in the same round; the median of these ratios to naive.
 """
 
 import os
