@@ -101,6 +101,7 @@ void run_groups(const Call& call, const Parallel& parallel, KeptRoom room = {}) 
     Kept kept;
   };
   std::vector<Small> small;
+  const Parallel one = serial();
   for (int32_t g = 0; g < int32_t(call.groups.groups.size()); ++g) {
     const Group& group = call.groups.groups[g];
     const int64_t work = group.rows.count * group.columns.count * problem.width;
@@ -108,14 +109,14 @@ void run_groups(const Call& call, const Parallel& parallel, KeptRoom room = {}) 
     const Sizes sizes = sizes_of(group, call, alone ? workspace : workspace / SMALL_AT_ONCE);
     const Kept kept = room.take(group, sizes);
     if (alone)
-      run_group(call, g, sizes, work < TINY_GROUP ? serial() : parallel, kept);
+      run_group(call, g, sizes, work < TINY_GROUP ? one : parallel, kept);
     else
       small.push_back({g, sizes, kept});
   }
   const int64_t batch = std::max<int64_t>(1, int64_t(small.size()) / (8 * parallel.threads));
   parallel.run((int64_t(small.size()) + batch - 1) / batch, [&](int64_t task, int) {
     for (size_t i = task * batch; i < std::min<size_t>(small.size(), (task + 1) * batch); ++i)
-      run_group(call, small[i].group, small[i].sizes, serial(), small[i].kept);
+      run_group(call, small[i].group, small[i].sizes, one, small[i].kept);
   });
 }
 

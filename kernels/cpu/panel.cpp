@@ -8,7 +8,7 @@ namespace tdro {
 namespace {
 
 constexpr int64_t STEP_BLOCKS = 6;  // of 32 dimensions that scores sum at a time: the operands stay in the first cache
-constexpr int64_t MAX_PANEL_ROWS = 256, MAX_TILE_COLUMNS = 128;
+constexpr int64_t MAX_PANEL_ROWS = 256;
 constexpr int64_t MAX_STRIPS = 16, STRIP_COLUMNS = 540;
 constexpr int64_t HELD_BYTES = 4 << 20;
 constexpr int64_t BLOCKS_COLUMNS = 1024;  // up to so many there is no need of strips
@@ -53,8 +53,9 @@ GroupRun::GroupRun(const Call& call, int32_t group, const Sizes& sizes, const Pa
   }
   if (sizes.by_blocks && !sizes.keep && (of_queries_ || of_documents_)) shares_.reset(lanes * sizes.tile_columns);
   const int64_t threads = std::min<int64_t>(parallel.threads, sizes.by_blocks ? most_block_tasks() : sizes.strips);
-  for (int64_t i = 0; i < threads; ++i)
-    scratch_.emplace_back(int(i), sizes.by_blocks ? LANES : lanes, sizes.tile_columns, kernels_.pairs);
+  const bool all_kept = sizes.keep || call.shares || kept.panels * lanes >= group_.rows.count;
+  const int64_t own_lanes = !sizes.by_blocks ? lanes : all_kept ? 0 : LANES;
+  for (int64_t i = 0; i < threads; ++i) scratch_.emplace_back(int(i), own_lanes, sizes.tile_columns, kernels_.pairs);
   for (int64_t i = 0; i < (sizes.hold ? tiles_ : threads); ++i)
     packed_.emplace_back(sizes.tile_columns, problem_.width, kernels_.pairs, of_queries_);
 }
@@ -261,7 +262,8 @@ Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const auto whole = [](int64_t count) { return (count + 3) / 4 * 4; };  // products take 12, 8 or 4 columns at a time
   const int64_t panel_rows = std::min(rows, MAX_PANEL_ROWS);
   const bool of_columns = call.column_negatives || (call.shares && call.shares->column_totals);
-  if (columns <= BLOCKS_COLUMNS && hold && !call.kernels.pairs && !of_columns)
+  const bool many_rows = group.rows.count > LANES || columns <= LANES;  // one block of them is one thread's
+  if (many_rows && columns <= BLOCKS_COLUMNS && hold && !call.kernels.pairs && !of_columns)
     return fitted({panel_rows, whole(columns), 1, keep, hold, true}, whole(columns) + 2 * width);
   // Every strip but the first has its own sum of dQ: few columns a strip would cost more in sums than in products. A
   // power of two: three strips would take two threads as long as four.

@@ -10,7 +10,7 @@
 
 namespace tdro {
 
-constexpr int64_t COLUMNS_AT_ONCE = 128;  // of documents' gradients, beside each other in a thread's room
+constexpr int64_t MAX_TILE_COLUMNS = 128;  // of a strip; as many documents' gradients fit a thread's room
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 // A thread's own room for one tile.
@@ -20,9 +20,9 @@ struct Scratch {
         scores(rows * columns),
         share_lanes(pairs ? rows * columns / 2 : 0),
         share_rows(pairs ? rows * columns / 2 : 0),
-        gradient(std::max<int64_t>(std::min(columns, COLUMNS_AT_ONCE), LANES) * LANES),
-        factors(rows),
-        sums(rows),
+        gradient(std::max<int64_t>(std::min(columns, MAX_TILE_COLUMNS), LANES) * LANES),
+        factors(std::max<int64_t>(rows, LANES)),
+        sums(std::max<int64_t>(rows, LANES)),
         column_floats(5 * columns),
         column_ids(columns) {}
 

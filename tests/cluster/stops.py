@@ -39,7 +39,7 @@ def was_reached(process: psutil.Process, numbers: Iterable[signal.Signals]) -> b
     """Whether Slurm has woken up a process that is held, or one of the signals waits for it, or it is gone."""
     try:
         return process.status() != psutil.STATUS_STOPPED or any(has_come(process, number) for number in numbers)
-    except (psutil.NoSuchProcess, FileNotFoundError):
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return True
 
 

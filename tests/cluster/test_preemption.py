@@ -9,7 +9,7 @@ from tests.cluster.cluster import needs_root, running_cluster
 from tests.cluster.stops import held, results, was_reached
 from tests.cluster.user import User, person_on, training_words
 
-TRAINING_STEPS, COUNTING_STEPS = 8, 40  # more than a woken rank can take before Slurm's second signal comes
+TRAINING_STEPS, COUNTING_STEPS = 16, 40  # more than a woken rank can take before Slurm's second signal comes
 COUNT = ["stage=s0,s1", f"s0.steps={COUNTING_STEPS}"]
 TOTAL = str(sum(range(COUNTING_STEPS + 1)))
 GRACE_SECONDS = 60  # a busy machine needs some of it until the ranks have saved

@@ -275,6 +275,32 @@ def test_what_is_kept_of_the_scores_changes_no_gradient(dtype, width, num_groups
 
 
 @needs_library
+@pytest.mark.parametrize("num_groups", [None, 2])
+def test_few_columns_of_which_one_panel_of_three_is_kept(num_groups, monkeypatch):
+    """600 x 600 scores by blocks, in panels of 256 rows; of two groups those of a row's own."""
+    rows = 600 * (num_groups or 1)
+    queries, documents, positives = with_hard_negatives(1, rows, rows)
+    inputs = queries.float(), documents.float(), positives, torch.linspace(-1, 2, rows)
+    keys = {"temperature": torch.tensor(0.05), "implementation": "fused"}  # a number alone may not go by `host`
+    if num_groups is not None:
+        keys |= {"query_group": torch.arange(rows) % num_groups, "document_group": torch.arange(rows) % num_groups}
+    plain, panels = host.losses, []
+
+    def noted(*arguments):
+        results = plain(*arguments)
+        panels.append(results[2].numel() / (601 * 256))
+        return results
+
+    monkeypatch.setattr(host, "losses", noted)
+    all_kept, one_kept = (
+        values_and_gradients(grouped_infonce, *inputs, workspace_mb=megabytes, **keys) for megabytes in (16, 3)
+    )
+    assert panels[0] == 3 * (num_groups or 1) and 1 <= panels[1] < 2
+    assert torch.equal(all_kept[0], one_kept[0])
+    assert all(distance(got, want) < 1e-5 for got, want in zip(all_kept[1:], one_kept[1:], strict=True))
+
+
+@needs_library
 def test_nothing_is_kept_where_no_gradient_follows(monkeypatch):
     plain, kept_floats = host.losses, []
 
