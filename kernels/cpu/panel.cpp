@@ -11,7 +11,7 @@ constexpr int64_t STEP_BLOCKS = 6;  // of 32 dimensions that scores sum at a tim
 constexpr int64_t MAX_PANEL_ROWS = 256;
 constexpr int64_t MAX_STRIPS = 16, STRIP_COLUMNS = 540;
 constexpr int64_t HELD_BYTES = 4 << 20;
-constexpr int64_t BLOCKS_COLUMNS = 1024;  // up to so many there is no need of strips
+constexpr int64_t BLOCKS_COLUMNS = 1024, BLOCKS_BYTES = 2 << 20;  // up to so many there is no need of strips
 
 // How many strips form their sums of the queries' gradients in the gradient itself: the first, where its rows lie beside
 // each other and all blocks of dimensions are whole.
@@ -253,7 +253,8 @@ void GroupRun::end_columns() {
 Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const int64_t columns = group.columns.count, rows = blocks_of(group.rows.count) * LANES;
   const int64_t width = blocks_of(call.problem.width) * LANES;
-  const bool keep = call.row_weights != nullptr, hold = 4 * columns * width <= HELD_BYTES;
+  const int64_t packed = 4 * columns * width;  // bytes of documents
+  const bool keep = call.row_weights != nullptr, hold = packed <= HELD_BYTES;
   const auto fitted = [&](Sizes sizes, int64_t floats_a_row) {
     const int64_t fitting = workspace / (4 * floats_a_row) / LANES * LANES;
     sizes.panel_rows = std::min(sizes.panel_rows, std::max<int64_t>(fitting, LANES));
@@ -263,7 +264,8 @@ Sizes sizes_of(const Group& group, const Call& call, int64_t workspace) {
   const int64_t panel_rows = std::min(rows, MAX_PANEL_ROWS);
   const bool of_columns = call.column_negatives || (call.shares && call.shares->column_totals);
   const bool many_rows = group.rows.count > LANES || columns <= LANES;  // one block of them is one thread's
-  if (many_rows && columns <= BLOCKS_COLUMNS && hold && !call.kernels.pairs && !of_columns)
+  const bool few_columns = columns <= BLOCKS_COLUMNS && packed <= BLOCKS_BYTES;
+  if (many_rows && few_columns && !call.kernels.pairs && !of_columns)
     return fitted({panel_rows, whole(columns), 1, keep, hold, true}, whole(columns) + 2 * width);
   // Every strip but the first has its own sum of dQ: few columns a strip would cost more in sums than in products. A
   // power of two: three strips would take two threads as long as four.

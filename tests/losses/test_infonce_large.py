@@ -1,6 +1,6 @@
 """grouped_infonce and weighted_infonce above one panel, tile and strip of the library, against float64.
 
-The library has panels of 256 rows. Up to 1024 columns of float32 and float16, 4 MiB of documents, it goes by blocks of
+The library has panels of 256 rows. Up to 1024 columns of float32 and float16, 2 MiB of documents, it goes by blocks of
 32 rows, then by blocks of dimensions; else there are strips, each of tiles of up to 128 columns.
 """
 
