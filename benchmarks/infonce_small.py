@@ -7,8 +7,9 @@ benchmarks/infonce.py, which gives each implementation a process of its own, can
 them. A virtual machine may also have two cores in one moment and one in the next. So a cell is the best round as a
 multiple of naive's (`matmul`, then `cross_entropy`) and the median of the ratios to naive in the same round; a round's
 time is the middle one of three calls. `bare` is the library's operator in an autograd function that checks nothing,
-knows no option and gives the mean alone. Products at peak: what the three products would take at the rate that a loop
-of multiply-adds on registers has in the same round; the median of these ratios to naive.
+knows no option and gives the mean alone. mm thrice, oneDNN thrice: the three products without all else, on operands
+that are laid out already. Products at peak: what they would take at the rate that a loop of multiply-adds on registers
+has in the same round; the median of these ratios to naive.
 """
 
 import os
@@ -32,19 +33,21 @@ def main(words: list[str]) -> None:
         )
         sys.exit(2)
     os.environ["OMP_NUM_THREADS"] = options["threads"]  # before torch is imported
-    print(
-        "| B, n, d | naive, best | naive rows | rows | mean | bare | products at peak |\n|---|---|---|---|---|---|---|"
-    )
+    columns = "naive, best", "naive rows", "rows", "mean", "bare", "mm thrice", "oneDNN thrice", "products at peak"
+    print(f"| B, n, d | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|")
     for rows, width in SHAPES:
         times = _times(_steps(rows, width), float(options["seconds"]), int(options["threads"]))
         naive, rates = times.pop("naive"), times.pop("rate")
-        cells = [f"{min(each) / min(naive):.2f}, {_middle_ratio(each, naive):.2f}" for each in times.values()]
+        cells = [
+            f"{min(each) / min(naive):.2f}, {_middle_ratio(each, naive):.2f}" if each else "-"
+            for each in times.values()
+        ]
         products = [6e-9 * rows * rows * width / rate for rate in rates]
         cells.append(f"{_middle_ratio(products, naive):.2f}" if rates else "-")
         print(f"| {rows}, 0, {width} | {1e3 * min(naive):.3g} ms | {' | '.join(cells)} |", flush=True)
 
 
-def _steps(rows: int, width: int) -> dict[str, Callable[[], object]]:
+def _steps(rows: int, width: int) -> dict[str, Callable[[], object] | None]:
     import torch
     from torch.nn.functional import cross_entropy, normalize
 
@@ -64,7 +67,20 @@ def _steps(rows: int, width: int) -> dict[str, Callable[[], object]]:
     }
     losses["mean"]()  # loads the library
     bare = _bare()
-    return {name: lambda loss=loss: torch.autograd.grad(loss(), sides) for name, loss in losses.items()}
+    steps = {name: lambda loss=loss: torch.autograd.grad(loss(), sides) for name, loss in losses.items()}
+    return steps | _products(queries.detach(), documents.detach())
+
+
+def _products(queries, documents) -> dict[str, Callable[[], object] | None]:
+    import torch
+
+    shares = queries @ documents.T
+    given = (queries, documents), (shares, documents.T.contiguous()), (shares.T.contiguous(), queries.T.contiguous())
+    linear = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
+    return {
+        "mm": lambda: [torch.mm(left, right.T) for left, right in given],
+        "oneDNN": linear and (lambda: [linear(left, right, None, "none", [], "") for left, right in given]),
+    }
 
 
 def _bare() -> type:
@@ -88,7 +104,7 @@ def _bare() -> type:
     return Bare
 
 
-def _times(steps: dict[str, Callable[[], object]], seconds: float, threads: int) -> dict[str, list[float]]:
+def _times(steps: dict[str, Callable[[], object] | None], seconds: float, threads: int) -> dict[str, list[float]]:
     """Seconds of each round by name; under "rate" the GFLOP/s of the machine, none without a C compiler."""
     from infonce_lib.roofline import loop_functions, rate_now
 
@@ -97,6 +113,8 @@ def _times(steps: dict[str, Callable[[], object]], seconds: float, threads: int)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or not times["naive"]:
         for name, step in steps.items():
+            if step is None:
+                continue
             step()
             calls = []
             for _ in range(3):

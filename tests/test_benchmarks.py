@@ -152,7 +152,7 @@ def test_a_mistake_names_what_to_type(word, said):
 def test_small_batches_in_one_process_have_a_row_of_ratios_each(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "infonce_small.py")]
     done = subprocess.run([*command, "threads=1", "seconds=0"], cwd=tmp_path, capture_output=True, text=True)
-    rows = re.findall(r"\| (\d+), 0, \d+ \| \S+ ms((?: \| [\d.]+, [\d.]+){4}) \| ([\d.]+|-) \|", done.stdout)
+    rows = re.findall(r"\| (\d+), 0, \d+ \| \S+ ms((?: \| [\d.]+, [\d.]+){6}) \| ([\d.]+|-) \|", done.stdout)
     assert done.returncode == 0 and [int(row[0]) for row in rows] == [
         n for n in (16, 64, 128, 256, 512, 1024) for _ in "12"
     ]
