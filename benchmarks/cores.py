@@ -1,4 +1,4 @@
-"""How much the cores of this machine do together, second by second, beside what one does alone.
+"""How much the cores of this machine do together, tenth by tenth of a second, beside what one does alone.
 
     python benchmarks/cores.py [seconds=20]
 
@@ -25,9 +25,14 @@ def main(words: list[str]) -> None:
     if unknown := sorted(set(options) - set(OPTIONS)):
         print(f"There is no option {', '.join(unknown)}; there is seconds, as seconds=5.", file=sys.stderr)
         sys.exit(2)
+    try:
+        seconds = float(options["seconds"])
+    except ValueError:
+        print(f"seconds is {options['seconds']!r}; it must be a number, as seconds=5.", file=sys.stderr)
+        sys.exit(2)
     cores = sorted(os.sched_getaffinity(0))
     alone = statistics.median(_rates(cores[:1], 2.0)[0])
-    rates = _rates(cores, float(options["seconds"]))
+    rates = _rates(cores, seconds)
     sums = [sum(piece) / alone for piece in zip(*rates, strict=False)]
     print(f"One core alone: {alone:.0f} GFLOP/s. {len(cores)} cores together, as multiples of that:")
     print(" ".join(f"{each:.2f}" for each in sums))

@@ -169,5 +169,7 @@ def test_the_cores_of_a_machine_are_measured_alone_and_together(tmp_path):
     cores = len(os.sched_getaffinity(0))
     assert done.returncode == 0 and re.fullmatch(rf"One core alone: \d+ GFLOP/s. {cores} cores .*", alone), done.stderr
     assert all(0.2 < float(sum_of_rates) < 2 * cores for sum_of_rates in together[0].split())
-    wrong = subprocess.run([*command, "second=1"], cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "no option second; there is seconds" in wrong.stderr
+    mistakes = {"second=1": "no option second; there is seconds", "seconds=x": "seconds is 'x'; it must be a number"}
+    for word, said in mistakes.items():
+        wrong = subprocess.run([*command, word], cwd=tmp_path, capture_output=True, text=True)
+        assert wrong.returncode == 2 and said in wrong.stderr
